@@ -1,0 +1,47 @@
+"""Masks as tensors: resizing by area, growing, feathering.
+
+A MASK is float, (B, H, W), 0 outside and 1 inside; values between are soft edges.
+"""
+
+import torch
+from torch import Tensor
+
+
+def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """Resize soft masks by area: each target cell takes the mean of the source it covers.
+
+    mask: (B, H, W) or (H, W), any dtype -> (B, height, width) float32, same device.
+    An axis that grows is interpolated linearly (cell centres, edges held). Ratios need not
+    be whole: a source cell on a border counts by its overlap. Constant masks stay constant
+    exactly, so an all-zero mask is no mask and an all-one mask is everything.
+    Raises ValueError for other ranks or an empty target.
+    """
+    if mask.ndim == 2:
+        mask = mask[None]
+    if mask.ndim != 3:
+        raise ValueError(f"A mask must be (B, H, W) or (H, W), got shape {tuple(mask.shape)}.")
+    if height < 1 or width < 1:
+        raise ValueError(f"Cannot resize a mask to {height}x{width}; both sides must be at least 1.")
+    if mask.shape[1:] == (height, width):
+        return mask.float()
+    # float64: weights of one row sum to 1 within 1e-16, which float32 rounds to exactly 1
+    device = mask.device
+    exact = mask.to("cpu" if device.type == "mps" else device, torch.float64)
+    rows = _axis_weights(mask.shape[1], height).to(exact)
+    columns = _axis_weights(mask.shape[2], width).to(exact)
+    return torch.einsum("yh,bhw,xw->byx", rows, exact, columns).float().to(device)
+
+
+def _axis_weights(source: int, target: int) -> Tensor:
+    """Weights (target, source), rows sum to 1: box overlap when shrinking, linear when growing."""
+    cells = torch.arange(source, dtype=torch.float64)
+    step = source / target
+    if target <= source:
+        start = torch.arange(target, dtype=torch.float64)[:, None] * step
+        overlap = torch.minimum(start + step, cells + 1) - torch.maximum(start, cells)
+        weights = overlap.clamp(min=0)
+    else:
+        centre = (torch.arange(target, dtype=torch.float64) + 0.5) * step - 0.5
+        centre = centre.clamp(0, source - 1)
+        weights = (1 - (centre[:, None] - cells).abs()).clamp(min=0)
+    return weights / weights.sum(dim=1, keepdim=True)
