@@ -2,9 +2,25 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .features import CaptureFeatures, LoadFeatures, SaveFeatures
+from .host.feature_files import register_folder
+from .inversion import DDIMInversion, InversionReport
+from .styleid import LatentAdaIN, StyleInjection
+
+
 class PasticheExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        register_folder()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
+            DDIMInversion,
+            InversionReport,
+            LatentAdaIN,
+            CaptureFeatures,
+            SaveFeatures,
+            LoadFeatures,
+            StyleInjection,
         ]
 
 

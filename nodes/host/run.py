@@ -30,6 +30,13 @@ class SamplingRun:
     def __init__(self, guider: Any):
         self._guider = guider
         self._banks: dict[int, _BankReader] = {}
+        self._memo: dict[Any, Any] = {}
+
+    def memo(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, computed once a run: for values that no step changes."""
+        if key not in self._memo:
+            self._memo[key] = compute()
+        return self._memo[key]
 
     def use(self, bank: FeatureBank, keys: Iterable[FeatureKey]) -> None:
         reader = self._banks.setdefault(id(bank), _BankReader(bank))

@@ -1,0 +1,107 @@
+"""Inversion nodes: from an image's latent to the noise that reproduces it, and the proof that it does."""
+
+from comfy_api.latest import io, ui
+
+from .host.inversion import SCHEMES, invert
+from .host.report import inversion_report
+from .sockets import TrajectorySocket
+
+CATEGORY = "pastiche/inversion"
+
+
+class DDIMInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PasticheDDIMInversion",
+            display_name="DDIM Inversion",
+            category=CATEGORY,
+            description="Finds the noise from which deterministic sampling returns to this image. Connect the same "
+            "SIGMAS here and to the sampler, and sample with add_noise off, sampler euler, cfg 1.",
+            search_aliases=["invert", "inversion", "null text", "unsample", "noise", "styleid", "real image editing"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to invert with; sample with the same one."),
+                io.Latent.Input("latent", tooltip="The encoded image(s), from VAE Encode."),
+                io.Sigmas.Input("sigmas", tooltip="The sampling schedule (descending, ending in 0), from Basic Scheduler."),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="What the model is told while inverting; the papers use an empty prompt. "
+                    "Left out, a zero context (or the mini model's own empty prompt) is used.",
+                ),
+                io.Combo.Input(
+                    "scheme",
+                    options=list(SCHEMES),
+                    default="fixed_point",
+                    tooltip="fixed_point: solves each step, exact up to rounding. next: one evaluation a step at the "
+                    "entered noise level (diffusers). current: at the left one (CompVis).",
+                ),
+                io.Int.Input(
+                    "iterations",
+                    default=5,
+                    min=0,
+                    max=50,
+                    tooltip="Fixed-point iterations a step: each costs one model evaluation; 0 is the same as next.",
+                ),
+                io.Int.Input(
+                    "substeps",
+                    default=1,
+                    min=1,
+                    max=1000,
+                    advanced=True,
+                    tooltip="Forward steps per sampling step; only the schedule's own levels are kept. "
+                    "DiffStyler's 1000-step inversion is 50 sampling steps with 20 substeps.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="noise", tooltip="The latent at the schedule's first sigma: the sampler's latent_image."),
+                TrajectorySocket.Output(
+                    display_name="trajectory",
+                    tooltip="The latent of every step, for Capture Features, Inversion Report and Keep Outside Mask.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, latent, sigmas, positive=None, scheme="fixed_point", iterations=5, substeps=1) -> io.NodeOutput:
+        return io.NodeOutput(*invert(model, latent, sigmas, positive, scheme, iterations, substeps))
+
+
+class InversionReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PasticheInversionReport",
+            display_name="Inversion Report",
+            category=CATEGORY,
+            description="Samples an inversion back and shows original, reconstruction and amplified difference, with "
+            "the PSNR in latent and pixel space.",
+            search_aliases=["reconstruction", "psnr", "inversion quality", "round trip"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model that made the trajectory."),
+                TrajectorySocket.Input("trajectory", tooltip="From DDIM Inversion."),
+                io.Vae.Input("vae", tooltip="Decodes both latents; the comparison is against its decode of the original."),
+                io.Float.Input(
+                    "amplify",
+                    default=10.0,
+                    min=1.0,
+                    max=1000.0,
+                    step=1.0,
+                    advanced=True,
+                    tooltip="How many times the difference is enlarged around grey in the third picture.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="original | reconstruction | amplified difference"),
+                io.Float.Output(display_name="latent PSNR", tooltip="dB between the two latents, over the original's range."),
+                io.Float.Output(display_name="pixel PSNR", tooltip="dB between the two decoded images."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, trajectory, vae, amplify=10.0) -> io.NodeOutput:
+        image, in_latents, in_pixels = inversion_report(model, trajectory, vae, amplify)
+        preview = ui.PreviewImage(image, cls=cls).as_dict()
+        preview["text"] = [f"PSNR {in_pixels:.2f} dB in pixels, {in_latents:.2f} dB in latents, {trajectory.steps} steps"]
+        return io.NodeOutput(image, in_latents, in_pixels, ui=preview)

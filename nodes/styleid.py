@@ -1,0 +1,108 @@
+"""StyleID nodes (Chung, Hyun, Heo 2024): latent AdaIN and style injection."""
+
+from comfy_api.latest import io
+
+from .host.latent_adain import latent_adain
+from .host.style_injection import inject_style
+from .sockets import FeaturesSocket
+
+CATEGORY = "pastiche/styleid"
+
+
+class LatentAdaIN(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PasticheLatentAdaIN",
+            display_name="Latent AdaIN",
+            category=CATEGORY,
+            description="Gives one latent the channel means and deviations of another. Between the inverted latents of "
+            "a photo and a painting it carries over colour and tone.",
+            search_aliases=["adain", "adaptive instance normalization", "color transfer", "styleid"],
+            inputs=[
+                io.Latent.Input("content", tooltip="The latent that keeps its shapes: the content's noise from DDIM Inversion."),
+                io.Latent.Input("style", tooltip="The latent whose statistics are taken: the style's noise. Any size."),
+                io.Float.Input(
+                    "strength", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="0 leaves the content as it is, 1 is the paper's."
+                ),
+                io.Mask.Input("content_mask", optional=True, tooltip="Restyle only here, with statistics of this region."),
+                io.Mask.Input("style_mask", optional=True, tooltip="Take the style's statistics from this region only."),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="The sampler's latent_image for StyleID.")],
+        )
+
+    @classmethod
+    def execute(cls, content, style, strength=1.0, content_mask=None, style_mask=None) -> io.NodeOutput:
+        return io.NodeOutput(latent_adain(content, style, strength, content_mask, style_mask))
+
+
+class StyleInjection(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PasticheStyleInjection",
+            display_name="Style Injection (StyleID)",
+            category=CATEGORY,
+            description="Lets self-attention look at the style image instead of itself: keys and values come from the "
+            "style, queries stay near the content's. Sample the content's noise with it, no prompt, cfg 1.",
+            search_aliases=["styleid", "style transfer", "kv injection", "attention", "style injection in diffusion"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that sampling uses; the checkpoint that the features came from."),
+                FeaturesSocket.Input("style", tooltip="Self-attention features of the style's trajectory. Its size may differ."),
+                FeaturesSocket.Input(
+                    "content",
+                    optional=True,
+                    tooltip="Self-attention features of the content, for query preservation; left out, gamma has no effect.",
+                ),
+                io.Float.Input(
+                    "gamma",
+                    default=0.75,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Query preservation: higher keeps more of the content's structure; 0.3 is the paper's high-style setting.",
+                ),
+                io.Float.Input(
+                    "temperature",
+                    default=1.5,
+                    min=0.1,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Multiplies the attention logits; above 1 sharpens what injection blurs.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Blends with the model's own attention. 1 is the paper's and the fastest: any other value "
+                    "computes the attention twice.",
+                ),
+                io.String.Input(
+                    "layers",
+                    default="auto",
+                    tooltip='Decoder layers to inject into, for example "6-11" or "7-11"; auto is the paper\'s 6-11 on SD1/SD2 '
+                    "and the finest attention level elsewhere.",
+                ),
+                io.Float.Input(
+                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="Share of the schedule at which injection begins."
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="Share of the schedule at which injection ends."
+                ),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="Restyle only here, softly; computes the attention twice. One mask, or one for each sample."
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The patched model, for any core sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, style, content=None, gamma=0.75, temperature=1.5, strength=1.0, layers="auto",
+        start_percent=0.0, end_percent=1.0, mask=None,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            inject_style(model, style, content, gamma, temperature, strength, layers, start_percent, end_percent, mask)
+        )
