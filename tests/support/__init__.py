@@ -1,0 +1,1 @@
+"""Builders shared by the tests: `from support.models import tiny_unet`."""
