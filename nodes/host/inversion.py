@@ -170,12 +170,11 @@ def _refine(model: Any, ascending: torch.Tensor, substeps: int) -> torch.Tensor:
     sampling = model.get_model_object("model_sampling")
     levels = [ascending[:1]]
     for low, high in zip(ascending[:-1], ascending[1:]):
-        if low == 0:  # sigma 0 has no timestep: its neighbour is the model's first one
-            inner = torch.linspace(float(sampling.sigma_min), float(high), substeps + 1)[1:]
-            inner = inner if sampling.sigma_min < high else torch.linspace(0, float(high), substeps + 1)[1:]
-        else:
-            ends = [float(sampling.timestep(sigma.view(1))) for sigma in (low, high)]
-            inner = sampling.sigma(torch.linspace(ends[0], ends[1], substeps + 1)[1:])
+        begin, end = (float(sampling.timestep(sigma.view(1))) for sigma in (low.clamp_min(sampling.sigma_min), high))
+        if begin < end:
+            inner = sampling.sigma(torch.linspace(begin, end, substeps + 1)[1:])
+        else:  # from the clean latent to the model's smallest sigma there is no timestep between
+            inner = torch.linspace(float(low), float(high), substeps + 1)[1:]
         levels.append(torch.cat([inner[:-1].float(), high.view(1)]))
     refined = torch.cat(levels)
     if not bool((refined[1:] > refined[:-1]).all()):
