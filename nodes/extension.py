@@ -6,6 +6,7 @@ from .features import CaptureFeatures, LoadFeatures, SaveFeatures
 from .host.feature_files import register_folder
 from .inversion import DDIMInversion, InversionReport
 from .styleid import LatentAdaIN, StyleInjection
+from .training import TrainStyleLoRA
 
 
 class PasticheExtension(ComfyExtension):
@@ -21,6 +22,7 @@ class PasticheExtension(ComfyExtension):
             SaveFeatures,
             LoadFeatures,
             StyleInjection,
+            TrainStyleLoRA,
         ]
 
 

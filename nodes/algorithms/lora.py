@@ -1,0 +1,72 @@
+"""Low-rank adapters (Hu et al. 2021): W x + (alpha / r) U D x beside a frozen W."""
+
+from __future__ import annotations
+
+from typing import Iterable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TARGETS = ("qkv", "qkv+out", "all")
+QKV = {
+    "to_q", "to_k", "to_v", "to_qkv", "qkv", "q_proj", "k_proj", "v_proj", "wq", "wk", "wv", "q", "k", "v",
+    "add_q_proj", "add_k_proj", "add_v_proj", "linear1",
+}
+OUT = {"to_out", "to_add_out", "out_proj", "o_proj", "proj", "out", "wo", "o", "linear2"}
+
+
+class LowRank(NamedTuple):
+    """One layer's update: down (r, in), up (out, r), scale = alpha / r."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def delta(self) -> Tensor:
+        """The weight it stands for: (out, in)."""
+        return self.scale * (self.up @ self.down)
+
+
+def init_low_rank(in_features: int, out_features: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Down ~ N(0, 1/r) (standard deviation 1/r), up = 0, both float32 on the generator's device (DiffStyler sec. 4)."""
+    down = torch.randn(rank, in_features, generator=generator) / rank
+    return down, torch.zeros(out_features, rank)
+
+
+def apply_low_rank(x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """(..., in) -> (..., out): scale * U (D x), computed in x's dtype."""
+    return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * scale
+
+
+def select_targets(linear_names: Iterable[str], targets: str) -> list[str]:
+    """Names of the linear layers that `targets` means: "qkv" (the paper), "qkv+out", or "all".
+
+    Attention projections are told by their own name and their parent's, in U-Nets and transformers alike.
+    """
+    if targets not in TARGETS:
+        raise ValueError(f'targets: got "{targets}", choose among {", ".join(TARGETS)}.')
+    names = list(linear_names)
+    if targets == "all":
+        return names
+    wanted = QKV if targets == "qkv" else QKV | OUT
+    return [name for name in names if _is_attention_projection(name, wanted)]
+
+
+def _is_attention_projection(name: str, wanted: set[str]) -> bool:
+    parts = name.split(".")
+    leaf = parts[-2] if parts[-1].isdigit() and len(parts) > 1 else parts[-1]  # to_out.0
+    if leaf not in wanted:
+        return False
+    if leaf in ("linear1", "linear2"):  # Flux's single blocks fuse q, k, v and the MLP into linear1
+        return "single" in name
+    return leaf.startswith("to_") or any("attn" in part or "attention" in part for part in parts[:-1])
+
+
+def apply_rows(x: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
+    """A different update for every batch row: (N, ..., in), (N, r, in), (N, out, r), (N,) -> (N, ..., out)."""
+    shape = x.shape
+    rows = x.reshape(shape[0], -1, shape[-1])  # (N, T, in)
+    hidden = torch.bmm(rows, down.to(x.dtype).transpose(1, 2))  # (N, T, r)
+    hidden = hidden * scale.to(x.dtype).view(-1, 1, 1)
+    return torch.bmm(hidden, up.to(x.dtype).transpose(1, 2)).reshape(*shape[:-1], -1)

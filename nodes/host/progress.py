@@ -1,0 +1,43 @@
+"""Progress of long work that is no sampling: bar, text under the node, latent previews."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import comfy.utils
+import latent_preview
+import torch
+
+TEXT_INTERVAL = 0.5  # seconds between texts: the browser needs no more
+
+
+class NodeProgress:
+    """Bar, preview and a line of text of one node."""
+
+    def __init__(self, total: int, model: Any, node_id: str | None):
+        self._bar = comfy.utils.ProgressBar(total, node_id=node_id)
+        self._format, self._node_id = model.model.latent_format, node_id
+        self._spoken = 0.0
+
+    def update(self, step: int, text: str, latent: torch.Tensor | None = None) -> None:
+        """latent: (1, C, H, W) in model space, shown as a small picture."""
+        self._bar.update_absolute(step, preview=None if latent is None else self._picture(latent))
+        if time.monotonic() - self._spoken > TEXT_INTERVAL:
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        self._spoken = time.monotonic()
+        server = sys.modules.get("server")  # absent when nodes run without ComfyUI's server
+        instance = getattr(getattr(server, "PromptServer", None), "instance", None)
+        if instance is not None and self._node_id is not None:
+            instance.send_progress_text(text, self._node_id)
+
+    def _picture(self, latent: torch.Tensor) -> tuple | None:
+        previewer = latent_preview.get_previewer(latent.device, self._format)
+        if previewer is None and self._format.latent_rgb_factors is not None:  # asked for, whatever --preview-method is
+            previewer = latent_preview.Latent2RGBPreviewer(
+                self._format.latent_rgb_factors, self._format.latent_rgb_factors_bias, self._format.latent_rgb_factors_reshape
+            )
+        return previewer and previewer.decode_latent_to_preview_image("JPEG", latent)

@@ -1,0 +1,113 @@
+"""Training node: a style LoRA from one image or a few."""
+
+from comfy_api.latest import io, ui
+
+from .host.lora_training import PRECISIONS, TrainingSettings, train_for_node
+from .algorithms.lora import TARGETS
+
+CATEGORY = "pastiche/diffstyler"
+
+
+class TrainStyleLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PasticheTrainStyleLoRA",
+            display_name="Train Style LoRA",
+            category=CATEGORY,
+            description="Learns the style of one image, or a few, as a LoRA of the attention projections (DiffStyler). "
+            "Save it with Save LoRA Weights, use it at once with Load LoRA Model, or give it to a Style Entry.",
+            search_aliases=["train lora", "style lora", "diffstyler", "fine-tune", "finetune", "dreambooth", "one-shot"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model the LoRA is for. It is left exactly as it was."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip='What the images are called, for example "painting of <sss>, deer, grass": name what is in '
+                    "the picture, so that the LoRA learns the rest. One for all images, or one each.",
+                ),
+                io.Latent.Input(
+                    "latents", optional=True, tooltip="The encoded style image(s). Connect this, or image and vae."
+                ),
+                io.Image.Input(
+                    "image", optional=True, tooltip="The style image(s), if they are to be encoded here; needs the vae."
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Encodes image. Where it has a Gaussian posterior (SD's VAEs), a new sample is drawn each step.",
+                ),
+                io.Int.Input("rank", default=16, min=1, max=256, tooltip="Size of the LoRA. The paper uses 16."),
+                io.Int.Input(
+                    "steps", default=200, min=1, max=100000,
+                    tooltip="Training steps altogether. The paper uses 200; too many copy the picture, not its style.",
+                ),
+                io.Float.Input(
+                    "learning_rate", default=2e-4, min=1e-7, max=1.0, step=1e-7, round=False,
+                    tooltip="AdamW's learning rate, constant. The paper uses 0.0002; small models need more.",
+                ),
+                io.Combo.Input(
+                    "targets", options=list(TARGETS), default="qkv",
+                    tooltip="Which layers get a LoRA. qkv: queries, keys, values (the paper, against overfitting). "
+                    "qkv+out: also the attention's output layer. all: every linear layer.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="Seeds initialisation, noise, timesteps and augmentation: the same seed gives the same file.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, advanced=True, tooltip="Images per step."),
+                io.Float.Input(
+                    "alpha", default=0.0, min=0.0, max=1024.0, step=0.5, advanced=True,
+                    tooltip="The LoRA's alpha: its strength is alpha / rank. 0: the same as rank, strength 1.",
+                ),
+                io.Boolean.Input(
+                    "flip", default=False, advanced=True, tooltip="Mirror images at random. Not for pictures with writing."
+                ),
+                io.Float.Input(
+                    "crop", default=1.0, min=0.25, max=1.0, step=0.05, advanced=True,
+                    tooltip="Train on random windows with sides of at least this share. 1: always the whole image.",
+                ),
+                io.Float.Input(
+                    "min_snr_gamma", default=0.0, min=0.0, max=20.0, step=0.5, advanced=True,
+                    tooltip="Min-SNR loss weighting (5 is usual): evens out the timesteps. 0: the plain loss of the paper.",
+                ),
+                io.Combo.Input(
+                    "precision", options=list(PRECISIONS), default="model", advanced=True,
+                    tooltip="Arithmetic of the model's layers. model: as loaded. bf16/fp16: mixed precision. "
+                    "The LoRA itself is always float32.",
+                ),
+                io.Boolean.Input(
+                    "gradient_checkpointing", default=False, advanced=True,
+                    tooltip="Saves memory for a third more time. Turned on by itself when memory runs out.",
+                ),
+                io.Boolean.Input(
+                    "keep_on_cancel", default=False, advanced=True,
+                    tooltip="Cancel ends the training early and hands on what was learned, instead of stopping the queue.",
+                ),
+                io.Int.Input(
+                    "preview_every", default=0, min=0, max=10000, advanced=True,
+                    tooltip="Shows a sample of the LoRA every so many steps (12 more model evaluations each). 0: never.",
+                ),
+                io.String.Input(
+                    "checkpoint", default="", advanced=True,
+                    tooltip="Name of a training state, kept in output/loras every 50 steps, at the end and on cancel. If it "
+                    "exists, training goes on from it until `steps` are done, as if never interrupted. Empty: none.",
+                ),
+            ],
+            outputs=[
+                io.Custom("LORA_MODEL").Output(
+                    display_name="lora", tooltip="For Save LoRA Weights, Load LoRA Model, or a Style Entry."
+                ),
+                io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="For Plot Loss Graph."),
+                io.Int.Output(display_name="steps", tooltip="Steps done altogether, for the file name of Save LoRA Weights."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, latents=None, image=None, vae=None, checkpoint="", **settings) -> io.NodeOutput:
+        trained = train_for_node(
+            model, positive, latents, image, vae, TrainingSettings(**settings), checkpoint, cls.hidden.unique_id
+        )
+        return io.NodeOutput(
+            trained.lora, {"loss": trained.losses}, trained.steps, ui=ui.PreviewText(trained.summary())
+        )

@@ -1,0 +1,124 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pastiche.nodes.algorithms.lora import apply_low_rank, apply_rows, init_low_rank, select_targets
+from pastiche.nodes.algorithms.lora import LowRank
+from pastiche.nodes.algorithms.training import (
+    loss_weight,
+    output_gain,
+    random_crop,
+    signal_to_noise,
+    step_generator,
+    weighted_error,
+)
+
+UNET = [
+    "time_embed.0",
+    "input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+    "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0",
+    "input_blocks.1.1.transformer_blocks.0.attn2.to_k",
+    "input_blocks.1.1.transformer_blocks.0.ff.net.0.proj",
+    "middle_block.1.transformer_blocks.0.attn1.to_v",
+]
+FLUX = ["img_in", "double_blocks.0.img_attn.qkv", "double_blocks.0.img_attn.proj", "double_blocks.0.img_mlp.0",
+        "single_blocks.0.linear1", "single_blocks.0.linear2", "final_layer.linear"]
+ADM = ["joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.x_block.mlp.fc1", "layers.0.attention.out", "label_emb.0.0"]
+
+
+def test_targets():
+    assert select_targets(UNET, "qkv") == [UNET[1], UNET[3], UNET[5]]
+    assert select_targets(UNET, "qkv+out") == [UNET[1], UNET[2], UNET[3], UNET[5]]
+    assert select_targets(UNET, "all") == UNET
+    assert select_targets(FLUX, "qkv") == ["double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"]
+    assert select_targets(FLUX, "qkv+out") == [FLUX[1], FLUX[2], FLUX[4], FLUX[5]]
+    assert select_targets(ADM, "qkv") == [ADM[0]] and select_targets(ADM, "qkv+out") == [ADM[0], ADM[2]]
+    with pytest.raises(ValueError, match='got "q"'):
+        select_targets(UNET, "q")
+
+
+def test_initialisation_is_seeded_and_starts_at_nothing():
+    down, up = init_low_rank(40, 24, 8, torch.Generator().manual_seed(3))
+    again, _ = init_low_rank(40, 24, 8, torch.Generator().manual_seed(3))
+    assert torch.equal(down, again) and not up.any()
+    assert init_low_rank(4000, 2, 8, torch.Generator().manual_seed(0))[0].std() == pytest.approx(1 / 8, rel=0.02)
+
+
+def test_gradient_equals_autograd_on_merged_weights(generator):
+    """float64: d loss / d (down, up) beside the weight is that of the same numbers merged into it."""
+    weights = [torch.randn(6, 6, generator=generator, dtype=torch.float64) for _ in range(3)]
+    low = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3) for shape in ((2, 6), (6, 2))]
+    x = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    scale = 1.7
+
+    def attention(linear):
+        q, k, v = (linear(x, i) for i in range(3))
+        return F.scaled_dot_product_attention(q[None], k[None], v[None]).square().sum()
+
+    beside = [t.clone().requires_grad_() for t in low]
+    attention(lambda x, i: x @ weights[i].T + apply_low_rank(x, beside[2 * i], beside[2 * i + 1], scale)).backward()
+    merged = [t.clone().requires_grad_() for t in low]
+    attention(lambda x, i: x @ (weights[i] + LowRank(merged[2 * i], merged[2 * i + 1], scale).delta()).T).backward()
+    for a, b in zip(beside, merged):
+        assert a.grad.abs().max() > 1e-3
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_take_their_own_update(generator):
+    x = torch.randn(3, 7, 6, generator=generator, dtype=torch.float64)
+    down, up = (torch.randn(3, *s, generator=generator, dtype=torch.float64) for s in ((2, 6), (5, 2)))
+    scale = torch.tensor([1.0, 0.0, 2.5], dtype=torch.float64)
+    together = apply_rows(x, down, up, scale)
+    for row in range(3):
+        torch.testing.assert_close(together[row], apply_low_rank(x[row], down[row], up[row], float(scale[row])))
+    assert not together[1].any()
+
+
+def _eps(sigma, output, x):
+    return x - output * sigma[:, None]
+
+
+def _v(sigma, output, x):
+    variance = sigma[:, None] ** 2 + 1
+    return x / variance - output * sigma[:, None] / variance.sqrt()
+
+
+@pytest.mark.parametrize("denoise, weight", [(_eps, lambda s: 1 / s**2), (_v, lambda s: (s**2 + 1) / s**2)])
+def test_loss_is_the_error_of_the_models_own_output(denoise, weight, generator):
+    sigma = torch.tensor([0.05, 1.0, 14.6], dtype=torch.float64)
+    gain = output_gain(denoise, sigma)
+    torch.testing.assert_close(gain**-2, weight(sigma))
+    x, m, target = (torch.randn(3, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    error = weighted_error(denoise(sigma, m, x), denoise(sigma, target, x), loss_weight(gain, sigma**-2, 0))
+    torch.testing.assert_close(error, (m - target).square().mean(dim=1))
+
+
+def test_min_snr_equals_its_published_forms():
+    sigma = torch.tensor([0.1, 0.6, 3.0], dtype=torch.float64)
+    snr = signal_to_noise(lambda s, noise, latent: latent + s[:, None] * noise, sigma)
+    torch.testing.assert_close(snr, sigma**-2)
+    eps = loss_weight(output_gain(_eps, sigma), snr, 5.0) * output_gain(_eps, sigma) ** 2
+    torch.testing.assert_close(eps, snr.clamp(max=5) / snr)
+    v = loss_weight(output_gain(_v, sigma), snr, 5.0) * output_gain(_v, sigma) ** 2
+    torch.testing.assert_close(v, snr.clamp(max=5) / (snr + 1))
+    flow = signal_to_noise(lambda s, noise, latent: s[:, None] * noise + (1 - s[:, None]) * latent, sigma[:2])
+    torch.testing.assert_close(flow, ((1 - sigma[:2]) / sigma[:2]) ** 2)
+
+
+def test_step_generators_are_reproducible_and_unlike():
+    draw = lambda seed, step: torch.rand(4, generator=step_generator(seed, step)).tolist()
+    assert draw(7, 3) == draw(7, 3)
+    values = [tuple(draw(seed, step)) for seed in (0, 1, 2**64 - 1) for step in (-2, -1, 0, 1, 500)]
+    assert len(set(values)) == len(values)
+
+
+def test_crop_is_a_window_of_whole_blocks(generator):
+    latents = torch.arange(2 * 24 * 40.0).view(2, 1, 24, 40)
+    sizes = set()
+    for _ in range(20):
+        part = random_crop(latents, 0.5, generator)
+        sizes.add(part.shape[-2:])
+        assert part.shape[-2] % 8 == 0 and part.shape[-1] % 8 == 0 and part.shape[-2] >= 8
+        top, left = divmod(int(part[0, 0, 0, 0]), 40)
+        assert torch.equal(part, latents[..., top : top + part.shape[-2], left : left + part.shape[-1]])
+    assert len(sizes) > 1

@@ -1,0 +1,54 @@
+import pytest
+import safetensors.torch
+import torch
+from support.models import tiny_cond, tiny_unet
+
+from pastiche.nodes.training import TrainStyleLoRA
+
+SETTINGS = dict(rank=2, steps=3, learning_rate=1e-2, targets="qkv", seed=1, batch_size=1, alpha=0.0, flip=False, crop=1.0,
+                min_snr_gamma=0.0, precision="model", gradient_checkpointing=False, keep_on_cancel=False, preview_every=2)
+
+
+class Hidden:
+    unique_id = "7"
+
+
+def execute(**inputs):
+    node = type("Node", (TrainStyleLoRA,), {"hidden": Hidden})
+    return node.execute(**{**SETTINGS, **inputs})
+
+
+def test_schema():
+    schema = TrainStyleLoRA.GET_SCHEMA()
+    assert schema.node_id == "PasticheTrainStyleLoRA"
+    defaults = {entry.id: getattr(entry, "default", None) for entry in schema.inputs}
+    assert set(SETTINGS) <= set(defaults)
+    assert (defaults["rank"], defaults["steps"], defaults["learning_rate"], defaults["targets"]) == (16, 200, 2e-4, "qkv")
+    assert [out.io_type for out in schema.outputs] == ["LORA_MODEL", "LOSS_MAP", "INT"]
+    assert all(entry.tooltip for entry in [*schema.inputs, *schema.outputs])
+
+
+def test_outputs_fit_cores_nodes(tmp_path, monkeypatch):
+    from comfy_extras.nodes_train import LoraModelLoader, LossGraphNode, SaveLoRA
+
+    monkeypatch.setattr("folder_paths.get_output_directory", lambda: str(tmp_path))
+    model = tiny_unet()
+    for steps in (1, 3):
+        lora, losses, done = execute(
+            model=model, positive=tiny_cond(model), latents={"samples": torch.randn(1, 4, 8, 8)}, steps=steps
+        ).result
+        assert done == steps
+        SaveLoRA.execute(lora, "loras/style", done)
+        (styled,) = LoraModelLoader.execute(model, lora, 1.0).result
+        assert len(styled.patches) == len(lora) // 3
+        graph = type("Graph", (LossGraphNode,), {"hidden": type("H", (), {"prompt": None, "extra_pnginfo": None})})
+        graph.execute(losses, "loss")
+    files = sorted((tmp_path / "loras").iterdir())
+    assert [path.name for path in files] == ["style_1_steps_00001_.safetensors", "style_3_steps_00002_.safetensors"]
+    assert set(safetensors.torch.load_file(str(files[1]))) == set(lora)
+
+
+def test_wrong_connections():
+    model = tiny_unet()
+    with pytest.raises(ValueError, match="either latents, or image and vae"):
+        execute(model=model, positive=tiny_cond(model))
