@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from .host.capture import MEMORY, PRECISION, capture
 from .host.feature_files import list_files, load_bank, save_bank
 from .host.inversion import noise_latent
+from .host.stores import readable_size
 from .sockets import FeaturesSocket, TrajectorySocket
 
 CATEGORY = "pastiche/features"
@@ -77,7 +78,7 @@ class SaveFeatures(io.ComfyNode):
     @classmethod
     def execute(cls, features, filename_prefix="style") -> io.NodeOutput:
         path = save_bank(features, filename_prefix)
-        return io.NodeOutput(path.name, ui={"text": [f"{path.name}: {path.stat().st_size / 1e6:.1f} MB"]})
+        return io.NodeOutput(path.name, ui={"text": [f"{path.name}: {readable_size(path.stat().st_size)}"]})
 
 
 class LoadFeatures(io.ComfyNode):

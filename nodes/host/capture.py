@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from typing import Any, Callable, Iterable
 
 import comfy.model_management
@@ -15,7 +16,7 @@ from ..sockets import FeatureBank, FeatureKey, Trajectory
 from .fingerprint import fingerprint, require_same_model
 from .inspection import UNetLayout, attention_block, inspect_model
 from .inversion import walk_latent, noise_latent
-from .stores import FileStore, FileWriter, MemoryStore, Shapes, temporary_path
+from .stores import FileStore, FileWriter, MemoryStore, Shapes, readable_size, temporary_path
 
 MEMORY = ("recompute", "ram", "vram", "disk")
 PRECISION = ("half", "full")
@@ -110,14 +111,14 @@ def capture(
     keys = tuple(layout.keys(streams, layers))
     if memory == "recompute":
         logging.info(
-            "Pastiche: %d features a step are recomputed while sampling; the trajectory takes %.1f MB.",
-            len(keys), trajectory.latents.nbytes / 1e6,
+            "Pastiche: %d features a step are recomputed while sampling; the trajectory takes %s.",
+            len(keys), readable_size(trajectory.latents.nbytes),
         )
         return FeatureBank(trajectory, keys, memory, None, model)
     shapes = feature_shapes(layout, keys, trajectory)
     dtype = storage_dtype(model, precision)
     size = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize * trajectory.steps
-    logging.info("Pastiche: capturing %d tensors x %d steps: %.1f MB (%s).", len(keys), trajectory.steps, size / 1e6, memory)
+    logging.info("Pastiche: capturing %d tensors x %d steps: %s (%s).", len(keys), trajectory.steps, readable_size(size), memory)
     _check_room(size, memory, model.load_device)
     writer = _open_writer(shapes, trajectory.steps, dtype, memory, model.load_device)
     try:
@@ -162,8 +163,6 @@ def _open_writer(shapes: Shapes, steps: int, dtype: torch.dtype, memory: str, de
 
 def _check_room(size: int, memory: str, device: torch.device) -> None:
     if memory == "disk":
-        import shutil
-
         free = shutil.disk_usage(temporary_path().parent).free
     elif memory == "vram" and not comfy.model_management.is_device_cpu(device):
         free = comfy.model_management.get_free_memory(device)
@@ -171,6 +170,6 @@ def _check_room(size: int, memory: str, device: torch.device) -> None:
         free = psutil.virtual_memory().available
     if size > free:
         raise ValueError(
-            f"memory: {memory} needs {size / 1e9:.1f} GB for these features, {free / 1e9:.1f} GB is free. "
+            f"memory: {memory} needs {readable_size(size)} for these features, {readable_size(free)} are free. "
             "Choose recompute (needs almost nothing), fewer layers, or fewer steps."
         )

@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrappersMP
 from ..sockets import FeatureBank, FeatureKey
 from .capture import add_capture, feature_shapes, record, storage_dtype
 from .inspection import inspect_model
-from .stores import MemoryStore
+from .stores import MemoryStore, readable_size
 
 RUN = "pastiche_run"
 SAME_SIGMA = 5e-3  # relative: `timestep()` and schedulers round to this
@@ -86,7 +86,7 @@ class _BankReader:
         store = MemoryStore(shapes, bank.trajectory.steps, storage_dtype(bank.model, "full"), torch.device("cpu"))
         logging.info(
             "Pastiche: the reference model's weights differ from the sampled one's, "
-            "so its features are computed once for this run (%.1f MB of RAM).", store.nbytes / 1e6,
+            "so its features are computed once for this run (%s of RAM).", readable_size(store.nbytes),
         )
         record(bank.model, bank.trajectory, self.keys, store.write)
         self._store = store

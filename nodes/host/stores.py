@@ -22,6 +22,15 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Shapes = dict[FeatureKey, tuple[int, ...]]  # one step: (B, ...)
 
 
+def readable_size(count: int) -> str:
+    """1180000000 -> "1.18 GB": three significant digits, decimal units."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
 class MemoryStore:
     """Features in RAM (pinned where CUDA is, so that a step's upload does not wait) or on the model's device."""
 

@@ -1,0 +1,238 @@
+"""Loads an unconditional diffusers `UNet2DModel` folder as a ComfyUI MODEL that works on pixels."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.ops
+import comfy.sd
+import comfy.supported_models_base
+import folder_paths
+import torch
+
+from .unconditional_unet import UnconditionalUNet, with_core_operations
+
+DTYPES = {"default": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler",
+              "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+WIDEST_SIGMA = 4518.0  # what core gives a schedule that ends at zero signal (alpha_bar 4.9e-8)
+
+
+class PixelSpace(comfy.latent_formats.LatentFormat):
+    """The latent is the image: 3 channels in -1..1, one cell a pixel."""
+
+    latent_channels = 3
+    spacial_downscale_ratio = 1
+    latent_rgb_factors = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+
+
+class UnconditionalConfig(comfy.supported_models_base.BASE):
+    unet_extra_config = {"disable_unet_model_creation": True, "in_channels": 3}
+    latent_format = PixelSpace
+
+
+class UnconditionalModel(comfy.model_base.BaseModel):
+    """A BaseModel around a diffusers U-Net. It reads no conditioning; whatever is connected changes nothing."""
+
+    def __init__(self, config: UnconditionalConfig, network: UnconditionalUNet, sampling: torch.nn.Module):
+        super().__init__(config, comfy.model_base.ModelType.EPS)
+        self.diffusion_model = network
+        self.model_sampling = sampling
+        comfy.model_management.archive_model_dtypes(network)
+
+    def extra_conds(self, **kwargs) -> dict:
+        return {}
+
+
+def list_folders() -> list[str]:
+    """Names, relative to ComfyUI's `diffusers` folders, of the folders that hold a UNet2DModel's config.json."""
+    names = set()
+    for root in _roots():
+        for pattern in ("*/config.json", "*/unet/config.json", "*/*/config.json", "*/*/unet/config.json"):
+            for config in root.glob(pattern):
+                folder = config.parent.parent if config.parent.name == "unet" else config.parent
+                if "UNet2DModel" in _read_text(config):
+                    names.add(folder.relative_to(root).as_posix())
+    return sorted(names)
+
+
+def find_folder(name: str) -> Path:
+    """The folder called `name` inside ComfyUI's `diffusers` folders. Raises ValueError when it lies elsewhere."""
+    for root in _roots():
+        folder = root / name
+        if folder.is_dir() and folder != root and root.resolve() in folder.resolve().parents:
+            return folder
+    known = ", ".join(list_folders()) or "none"
+    raise ValueError(
+        f'folder: no "{name}" in {", ".join(map(str, _roots()))} (found: {known}). '
+        "Put the downloaded model's folder there: config.json, the .safetensors and scheduler_config.json."
+    )
+
+
+def load_unconditional(name: str, weight_dtype: str = "default", clip_denoised: bool = False) -> tuple:
+    """(MODEL, VAE, CONDITIONING) of a diffusers UNet2DModel folder.
+
+    weight_dtype: a key of DTYPES; "default" is float32 unless ComfyUI was started with another.
+    clip_denoised: clamp every predicted image to the schedule's clip_sample_range, as DDPM sampling does;
+    an inversion cannot be undone with it. Raises ValueError for folders that are not such a model.
+    """
+    folder = find_folder(name)
+    dtype = DTYPES[weight_dtype] or _default_dtype()
+    network = _load_network(folder, dtype)
+    sampling = make_sampling(_read_json(_scheduler_path(folder), "scheduler_config.json"), clip_denoised)
+
+    device = comfy.model_management.get_torch_device()
+    cast = comfy.model_management.unet_manual_cast(dtype, device)
+    operations = comfy.ops.pick_operations(dtype, cast)
+
+    config = UnconditionalConfig({})
+    config.set_inference_dtype(dtype, cast)
+    # Relative to SD1.x: its widest level has 320 channels for each latent cell.
+    config.memory_usage_factor = network.config.block_out_channels[0] / 320
+    model = UnconditionalModel(config, UnconditionalUNet(with_core_operations(network, operations), dtype), sampling)
+    model.eval().requires_grad_(False)
+    patcher = comfy.model_patcher.ModelPatcher(
+        model, load_device=device, offload_device=comfy.model_management.unet_offload_device()
+    )
+    patcher.cached_patcher_init = (_load_patcher, (name, weight_dtype, clip_denoised))
+    # Single precision: half would quantise the pixels.
+    vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=torch.float32)
+    return patcher, vae, [[None, {}]]
+
+
+def _load_patcher(name: str, weight_dtype: str, clip_denoised: bool, disable_dynamic: bool = False) -> Any:
+    return load_unconditional(name, weight_dtype, clip_denoised)[0]
+
+
+def make_sampling(config: dict, clip_denoised: bool = False) -> torch.nn.Module:
+    """ComfyUI's model_sampling for a diffusers scheduler_config: its betas and what the network predicts."""
+    from diffusers import DDPMScheduler
+
+    kind = config.get("_class_name", "DDPMScheduler")
+    prediction = config.get("prediction_type", "epsilon")
+    parametrisations = {
+        "epsilon": comfy.model_sampling.EPS,
+        "v_prediction": comfy.model_sampling.V_PREDICTION,
+        "sample": comfy.model_sampling.X0,
+    }
+    if kind not in SCHEDULERS or prediction not in parametrisations:
+        raise ValueError(
+            f"scheduler_config.json names {kind} with prediction_type {prediction}; this node knows the DDPM family "
+            f"({', '.join(SCHEDULERS)}) with {', '.join(parametrisations)}."
+        )
+    schedule = DDPMScheduler.from_config({key: value for key, value in config.items() if key != "_class_name"})
+    limit = schedule.config.clip_sample_range if clip_denoised else None
+
+    class UnconditionalSampling(comfy.model_sampling.ModelSamplingDiscrete, parametrisations[prediction]):
+        def calculate_denoised(self, sigma, model_output, model_input):
+            denoised = super().calculate_denoised(sigma, model_output, model_input)
+            return denoised if limit is None else denoised.clamp(-limit, limit)
+
+        def percent_to_sigma(self, percent):  # core's counts to 999 whatever the schedule's length
+            return super().percent_to_sigma(1 - (1 - percent) * (self.num_timesteps - 1) / 999)
+
+    sampling = UnconditionalSampling()
+    alphas = schedule.alphas_cumprod.double()
+    sampling.set_sigmas(((1 - alphas) / alphas).sqrt().clamp(max=WIDEST_SIGMA))
+    sampling.num_timesteps = len(alphas)
+    return sampling
+
+
+def _load_network(folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        from diffusers import UNet2DModel
+    except ImportError as error:
+        raise ImportError(
+            "Load Unconditional DDPM needs the diffusers package: run `pip install --no-deps diffusers` in "
+            f"ComfyUI's Python environment and restart ComfyUI ({error})."
+        ) from error
+    place = folder / "unet" if (folder / "unet" / "config.json").is_file() else folder
+    config = _read_json(place / "config.json", "config.json")
+    _check_config(config)
+    weights = sorted(place.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(_no_weights(place))
+    fp16 = all(".fp16." in file.name for file in weights)
+    network, report = UNet2DModel.from_pretrained(
+        str(place), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
+        torch_dtype=dtype, variant="fp16" if fp16 else None, output_loading_info=True,
+    )
+    problems = report["missing_keys"] or report["mismatched_keys"]
+    if problems:
+        raise ValueError(
+            f"{weights[0].name} does not fit its config.json: {len(problems)} tensors are missing or of another shape, "
+            f"the first {sorted(map(str, problems))[0]}. Download the folder again."
+        )
+    logging.info("Pastiche: loaded %s, %.1f M parameters.", folder.name, network.num_parameters() / 1e6)
+    return network
+
+
+def _check_config(config: dict) -> None:
+    expected = {"_class_name": "UNet2DModel", "in_channels": 3, "out_channels": 3, "time_embedding_type": "positional",
+                "mid_block_type": "UNetMidBlock2D", "class_embed_type": None, "num_class_embeds": None}
+    missing = {"in_channels": 3, "out_channels": 3, "time_embedding_type": "positional",
+               "mid_block_type": "UNetMidBlock2D"}
+    for key, value in expected.items():
+        found = config.get(key, missing.get(key))
+        if found != value:
+            raise ValueError(
+                f"config.json: {key} is {found}, expected {value}. This node loads unconditional RGB DDPM models "
+                "such as google/ddpm-celebahq-256, google/ddpm-church-256 or google/ddpm-cifar10-32."
+            )
+    blocks = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
+    skipping = [block for block in blocks if "Skip" in block]
+    if skipping:
+        raise ValueError(f"config.json: {skipping[0]} belongs to score-SDE models, which this node does not load.")
+
+
+def _no_weights(place: Path) -> str:
+    pickles = sorted(file.name for file in place.glob("*.bin"))
+    if not pickles:
+        return f"{place.name} holds no .safetensors file. Download diffusion_pytorch_model.safetensors into it."
+    return (
+        f"{place.name} holds only {pickles[0]}, a pickle file, which can run code when it is read. Convert it once: "
+        f"python -c \"from diffusers import UNet2DModel as U; U.from_pretrained('{place.name}', use_safetensors=False)"
+        f".save_pretrained('{place.name}')\" in the folder above it, then pick it again."
+    )
+
+
+def _scheduler_path(folder: Path) -> Path:
+    inner = folder / "scheduler" / "scheduler_config.json"
+    return inner if inner.is_file() else folder / "scheduler_config.json"
+
+
+def _read_json(path: Path, what: str) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent.name} has no {what}; download the whole model folder.") from None
+    except ValueError as error:
+        raise ValueError(f"{path.parent.name}/{what} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.parent.name}/{what} should hold a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _default_dtype() -> torch.dtype:
+    dtype = comfy.model_management.unet_dtype(supported_dtypes=[torch.float32])
+    return dtype if dtype in DTYPES.values() else torch.float32
+
+
+def _roots() -> list[Path]:
+    return [Path(path) for path in folder_paths.get_folder_paths("diffusers")]
