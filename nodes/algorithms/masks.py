@@ -1,9 +1,10 @@
-"""Masks as tensors: resizing by area, growing, feathering.
+"""Masks as tensors: resizing by area, growing, feathering, contours.
 
 A MASK is float, (B, H, W), 0 outside and 1 inside; values between are soft edges.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -45,3 +46,46 @@ def _axis_weights(source: int, target: int) -> Tensor:
         centre = centre.clamp(0, source - 1)
         weights = (1 - (centre[:, None] - cells).abs()).clamp(min=0)
     return weights / weights.sum(dim=1, keepdim=True)
+
+
+def grow_mask(mask: Tensor, pixels: int) -> Tensor:
+    """Grow (or with a negative number shrink) masks by a disc of this radius. (B, H, W) -> (B, H, W).
+
+    The grey-scale dilation: each pixel takes the largest value within the disc, so soft edges move
+    and stay soft. The image's border neither adds nor takes anything.
+    """
+    if pixels == 0:
+        return mask
+    if pixels < 0:
+        return 1 - grow_mask(1 - mask, -pixels)
+    height = mask.shape[1]
+    grown = mask.clone()
+    for offset in range(-min(pixels, height - 1), min(pixels, height - 1) + 1):
+        reach = int((pixels * pixels - offset * offset) ** 0.5)
+        row = F.max_pool2d(mask[:, None], (1, 2 * reach + 1), stride=1, padding=(0, reach))[:, 0] if reach else mask
+        target, source = (grown[:, offset:], row[:, : height - offset]) if offset >= 0 else (grown[:, :offset], row[:, -offset:])
+        torch.maximum(target, source, out=target)
+    return grown
+
+
+def feather_mask(mask: Tensor, pixels: float) -> Tensor:
+    """Soften edges over about `pixels` on either side: a Gaussian of half that deviation, borders held.
+
+    (B, H, W) -> (B, H, W). Constant masks stay constant.
+    """
+    if pixels <= 0:
+        return mask
+    sigma = pixels / 2
+    radius = max(1, round(3 * sigma))
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=mask.dtype, device=mask.device) / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    soft = mask[:, None]
+    for shape, padding in (((1, 1, 1, -1), (radius, radius, 0, 0)), ((1, 1, -1, 1), (0, 0, radius, radius))):
+        soft = F.conv2d(F.pad(soft, padding, mode="replicate"), kernel.view(shape))
+    return soft[:, 0].clamp(0, 1)
+
+
+def boundary(mask: Tensor, thickness: int = 1) -> Tensor:
+    """Inner contour of binary masks: (B, H, W) bool -> bool. The image's border is no contour."""
+    solid = mask.float()
+    return mask & (grow_mask(solid, -max(1, thickness)) < 0.5)
