@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 TrajectorySocket = io.Custom("PASTICHE_TRAJECTORY")
 FeaturesSocket = io.Custom("PASTICHE_FEATURES")
+FastSAMSocket = io.Custom("PASTICHE_FASTSAM")  # carries host.fastsam.FastSAM
 
 
 class Fingerprint(NamedTuple):
@@ -108,14 +109,14 @@ class FeatureBank:
     """Features of a trajectory: what the U-Net computed at (latents[j], sigmas[j]) for every j >= 1.
 
     store:  None in `recompute` mode: features are then made beside the sampling, by `model`.
-    model:  the MODEL they come from; None only for a bank loaded from disk that carries its tensors.
+    model:  the MODEL they come from.
     """
 
     trajectory: Trajectory
     keys: tuple[FeatureKey, ...]
     memory: str
     store: FeatureStore | None
-    model: Any | None
+    model: Any
 
     def keys_of(self, stream: str) -> list[FeatureKey]:
         return [key for key in self.keys if key.stream == stream]

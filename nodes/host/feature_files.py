@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+import safetensors
 import torch
 
 from ..sockets import FeatureBank, FeatureKey, Fingerprint, Trajectory
@@ -89,10 +90,11 @@ def save_bank(bank: FeatureBank, filename_prefix: str) -> Path:
     return writer.finish()
 
 
-def load_bank(name: str, memory: str, model: Any | None) -> FeatureBank:
-    """Reads a bank written by `save_bank`. memory: ram | vram | disk | recompute (the last needs `model`).
+def load_bank(name: str, memory: str, model: Any) -> FeatureBank:
+    """Reads a bank written by `save_bank` from MODEL `model`; memory: ram | vram | disk | recompute.
 
-    Raises ValueError for truncated or foreign files, another model, and a bank that needs a MODEL.
+    A file without features (written in `recompute` mode) has them captured now for ram and vram, and
+    recomputed while sampling otherwise. Raises ValueError for truncated or foreign files and another model.
     """
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None or not _inside_folders(path):
@@ -102,32 +104,42 @@ def load_bank(name: str, memory: str, model: Any | None) -> FeatureBank:
     if about.get("format") != FORMAT or about.get("version") != VERSION or not set(TRAJECTORY) <= set(store.tensor_names()):
         found = f'format "{about.get("format", "none")}" version {about.get("version", "none")}'
         raise ValueError(f'file: "{name}" was not written by Save Features (expected {FORMAT} version {VERSION}, got {found}).')
-    pooled = {"pooled_output": store.tensor(POOLED)} if POOLED in store.tensor_names() else {}
-    context = store.tensor(CONTEXT) if CONTEXT in store.tensor_names() else None
-    trajectory = Trajectory(
-        sigmas=store.tensor(TRAJECTORY[0]),
-        latents=store.tensor(TRAJECTORY[1]),
-        conditioning=[[context, pooled]],
-        scheme=about["scheme"],
-        fingerprint=Fingerprint(about["weights"], about["patches"]),
-    )
-    keys = tuple(FeatureKey.parse(text) for text in json.loads(about["keys"]))
-    stored = str(keys[0]) in store.tensor_names() if keys else False
-    if model is not None:
-        require_same_model(fingerprint(model), trajectory.fingerprint, f'The features in "{name}"')
+    try:
+        trajectory = _read_trajectory(store)
+        keys = tuple(FeatureKey.parse(text) for text in json.loads(about["keys"]))
+        stored = about["method"] == "capture"
+        shapes = {key: _read_shape(store, key, trajectory) for key in keys} if stored else {}
+    except (KeyError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f'file: "{name}" is damaged: {error}. Save the features again.') from error
+    require_same_model(fingerprint(model), trajectory.fingerprint, f'The features in "{name}"')
     if memory == "recompute" or not stored:
-        if model is None:
-            raise ValueError(f'model: connect the MODEL that "{name}" was made with; {"recompute needs it" if stored else "it stores no features, only the trajectory"}.')
         return _recomputed(trajectory, keys, memory, model)
     if memory == "disk":
         return FeatureBank(trajectory, keys, memory, store, model)
-    device = torch.device("cpu") if memory == "ram" or model is None else model.load_device
-    shapes = {key: tuple(store.shape(str(key))[1:]) for key in keys}
+    device = torch.device("cpu") if memory == "ram" else model.load_device
     held = MemoryStore(shapes, trajectory.steps, store.dtype(str(keys[0])), device)
     for step in range(1, trajectory.steps + 1):
         for key in keys:
             held.write(key, step, store.read(key, step, device))
     return FeatureBank(trajectory, keys, memory, held, model)
+
+
+def _read_trajectory(store: FileStore) -> Trajectory:
+    about, names = store.metadata, store.tensor_names()
+    sigmas, latents = (store.tensor(name) for name in TRAJECTORY)
+    if sigmas.ndim != 1 or latents.ndim != 5 or len(sigmas) != len(latents):
+        raise ValueError(f"{len(sigmas)} sigmas for latents of shape {tuple(latents.shape)}")
+    context = store.tensor(CONTEXT) if CONTEXT in names else None
+    extra = {"pooled_output": store.tensor(POOLED)} if POOLED in names else {}
+    return Trajectory(sigmas, latents, [[context, extra]], about["scheme"], Fingerprint(about["weights"], about["patches"]))
+
+
+def _read_shape(store: FileStore, key: FeatureKey, trajectory: Trajectory) -> tuple[int, ...]:
+    """(B, ...) of one step of a stored feature."""
+    steps, *shape = store.shape(str(key))
+    if steps != trajectory.steps or shape[0] != trajectory.batch:
+        raise ValueError(f"{key} holds {steps} steps of {shape[0]} images, its trajectory {trajectory.steps} of {trajectory.batch}")
+    return tuple(shape)
 
 
 def _recomputed(trajectory: Trajectory, keys: tuple[FeatureKey, ...], memory: str, model: Any) -> FeatureBank:

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from pastiche.nodes.algorithms.styleid import injected_query
 from pastiche.nodes.host.capture import capture
 from pastiche.nodes.host.inversion import invert
 from pastiche.nodes.host.run import RUN
@@ -66,7 +67,6 @@ def test_pre_projection_equals_explicit_attention_in_float64(heads, tokens, styl
     """On ComfyUI's own transformer block, with the patch's arithmetic before to_q, to_k, to_v."""
     import comfy.ops
     from comfy.ldm.modules.attention import CrossAttention
-    from pastiche.nodes.algorithms.styleid import injected_query
 
     generator = torch.Generator().manual_seed(0)
     attention = CrossAttention(32, heads=heads, dim_head=32 // heads, dtype=torch.float64, operations=comfy.ops.disable_weight_init)
@@ -79,6 +79,53 @@ def test_pre_projection_equals_explicit_attention_in_float64(heads, tokens, styl
     expected = attention.to_out(explicit_style_attention(to_q(n), to_k(n), to_v(n), to_q(n_content), to_k(n_style), to_v(n_style), 0.75, 1.5, heads))
     assert (got - expected).abs().max() < 1e-10
     assert (attention(n) - expected).abs().max() > 1e-2
+
+
+def test_pre_projection_equals_explicit_attention_through_the_whole_unet_in_float64():
+    """ComfyUI's own U-Net, layers 6-11, a style of another size: the two forms differ by rounding only."""
+    network = tiny_unet(dtype=torch.float64).model.diffusion_model
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    context, t = random(1, 7, 32), torch.tensor([400.0])
+    features = {}
+
+    def run(x, **patches):
+        return network(x, t, context=context, transformer_options=patches)
+
+    def remember(name):
+        def patch(n, context, value, options):
+            features[name, options["block"]] = n
+            return n, context, value
+
+        return {"patches": {"attn1_patch": [patch]}}
+
+    x = random(1, 4, 8, 8)
+    run(random(1, 4, 8, 12), **remember("style"))
+    run(random(1, 4, 8, 8), **remember("content"))
+
+    def chosen(options):
+        return options["block"][0] == "output" and options["block"][1] >= 6
+
+    def hidden(n, context, value, options):
+        if not chosen(options):
+            return n, context, value
+        style = features["style", options["block"]]
+        return injected_query(n, features["content", options["block"]], 0.75, 1.5), style, style
+
+    def explicit(q, k, v, options):
+        attention = network.output_blocks[options["block"][1]][1].transformer_blocks[0].attn1
+        content, style = features["content", options["block"]], features["style", options["block"]]
+        return explicit_style_attention(
+            q, k, v, attention.to_q(content), attention.to_k(style), attention.to_v(style), 0.75, 1.5, options["n_heads"]
+        )
+
+    a = run(x, patches={"attn1_patch": [hidden]})
+    b = run(x, patches_replace={"attn1": {("output", number, 0): explicit for number in range(6, 12)}})
+    assert (a - b).abs().max() < 1e-10
+    assert (a - run(x)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd20", "sdxl"])
