@@ -1,0 +1,57 @@
+import pytest
+import torch
+from pastiche.nodes.host.latent_adain import latent_adain
+from support.sampling import random_latent
+
+
+def latents(batch=2, style_batch=1):
+    return {"samples": random_latent(6, 9, batch)}, {"samples": 2 * random_latent(8, 5, style_batch, seed=1) + 1}
+
+
+def test_takes_the_styles_statistics_at_any_size():
+    content, style = latents()
+    out = latent_adain(content, style, 1.0, None, None)["samples"]
+    for statistic in (torch.Tensor.mean, torch.Tensor.std):
+        assert torch.allclose(statistic(out, dim=(2, 3)), statistic(style["samples"], dim=(2, 3)).expand(2, 4), atol=1e-4)
+
+
+def test_strength_0_and_a_zero_mask_are_identity_and_half_lies_between():
+    content, style = latents()
+    assert latent_adain(content, style, 0.0, None, None)["samples"] is content["samples"]
+    assert torch.equal(latent_adain(content, style, 1.0, torch.zeros(1, 48, 72), None)["samples"], content["samples"])
+    full = latent_adain(content, style, 1.0, None, None)["samples"]
+    half = latent_adain(content, style, 0.5, None, None)["samples"]
+    assert torch.allclose(half, (content["samples"] + full) / 2, atol=1e-5)
+
+
+def test_masks_choose_statistics_and_bound_the_change():
+    content, style = latents()
+    inside = torch.zeros(1, 48, 72)
+    inside[:, :, :40] = 1  # latent columns 0-4
+    where = torch.zeros(1, 64, 40)
+    where[:, :32] = 1  # latent rows 0-3
+    out = latent_adain(content, style, 1.0, inside, where)["samples"]
+    assert torch.equal(out[..., 5:], content["samples"][..., 5:])
+    source = style["samples"][:, :, :4]
+    assert torch.allclose(out[..., :5].mean((2, 3)), source.mean((2, 3)).expand(2, 4), atol=1e-4)
+    assert torch.allclose(out[..., :5].std((2, 3)), source.std((2, 3)).expand(2, 4), atol=1e-4)
+
+
+def test_batches_pair_up_and_other_keys_stay():
+    content, style = latents(2, 2)
+    content["batch_index"] = [3, 4]
+    out = latent_adain(content, style, 1.0, None, None)
+    alone = latent_adain({"samples": content["samples"][1:]}, {"samples": style["samples"][1:]}, 1.0, None, None)
+    assert torch.allclose(out["samples"][1:], alone["samples"], atol=1e-6) and out["batch_index"] == [3, 4]
+
+
+def test_bad_input_gets_a_sentence():
+    content, style = latents()
+    with pytest.raises(ValueError, match="3 latents for 2 contents"):
+        latent_adain(content, {"samples": random_latent(batch=3)}, 1.0, None, None)
+    with pytest.raises(ValueError, match="16 latent channels, the content has 4"):
+        latent_adain(content, {"samples": random_latent(channels=16)}, 1.0, None, None)
+    with pytest.raises(ValueError, match="style: holds NaN"):
+        latent_adain(content, {"samples": style["samples"] / 0}, 1.0, None, None)
+    with pytest.raises(ValueError, match="3 masks for 2 latents"):
+        latent_adain(content, style, 1.0, torch.ones(3, 8, 8), None)
