@@ -2,7 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .fastsam import FastSAMPrompt, LoadFastSAM
 from .features import CaptureFeatures, LoadFeatures, SaveFeatures
+from .host.fastsam import register_fastsam_folder
 from .host.feature_files import register_folder
 from .inversion import DDIMInversion, InversionReport
 from .styleid import LatentAdaIN, StyleInjection
@@ -12,6 +14,7 @@ from .training import TrainStyleLoRA
 class PasticheExtension(ComfyExtension):
     async def on_load(self) -> None:
         register_folder()
+        register_fastsam_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
@@ -23,6 +26,8 @@ class PasticheExtension(ComfyExtension):
             LoadFeatures,
             StyleInjection,
             TrainStyleLoRA,
+            LoadFastSAM,
+            FastSAMPrompt,
         ]
 
 

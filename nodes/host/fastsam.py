@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.model_management
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..algorithms.segments import Segments, decode_segments
 from .fastsam_format import read_checkpoint
 from .fastsam_network import STRIDE, OnnxNetwork, TorchNetwork
+from .fastsam_text import NO_FOLDER, CoreEncoder, FolderEncoder, PairEncoder, find_clip_folder
 
 FOLDER = "fastsam"
 EXTENSIONS = {".pt", ".safetensors", ".onnx"}
@@ -70,6 +72,7 @@ class FastSAM:
         self.name = name
         self.network = network
         self._answers: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._clip: tuple[str, PairEncoder] | None = None
 
     def segment(self, image: Tensor, resolution: int = 0, confidence: float = 0.4, overlap: float = 0.7) -> Segments:
         """Objects of image (H, W, 3) in 0..1. resolution: pixels of its longer side in the network, 0 for the model's own."""
@@ -85,6 +88,22 @@ class FastSAM:
         stride = padded[0] / prototypes.shape[1]
         span = (inner[0] / stride, inner[1] / stride)
         return decode_segments(prediction, prototypes, height, width, span, stride, confidence, overlap)
+
+    def text_encoder(self, clip_vision=None, clip=None, folder: str = NO_FOLDER) -> Callable[[], PairEncoder] | None:
+        """A way to get the CLIP for text, None where none is given. A folder's stays here, loaded, until another is named."""
+        if folder != NO_FOLDER:
+
+            def load() -> PairEncoder:
+                if self._clip is None or self._clip[0] != folder:
+                    self._clip = None
+                    self._clip = (folder, FolderEncoder(find_clip_folder(folder)))
+                return self._clip[1]
+
+            return load
+        if (clip_vision is None) != (clip is None):
+            missing = "clip_vision" if clip_vision is None else "clip"
+            raise ValueError(f"text needs both halves of a CLIP: {missing} is not connected.")
+        return None if clip is None else lambda: CoreEncoder(clip_vision, clip)
 
     def _remember(self, key: str, prediction: Tensor, prototypes: Tensor) -> None:
         keep = comfy.model_management.intermediate_device()

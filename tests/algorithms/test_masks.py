@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pastiche.nodes.algorithms.masks import resize_mask
+from pastiche.nodes.algorithms.masks import boundary, feather_mask, grow_mask, resize_mask
 
 
 @pytest.mark.parametrize("size", [(7, 5), (8, 8), (64, 40), (3, 100)])
@@ -56,3 +56,49 @@ def test_refusals_name_the_shape():
         resize_mask(torch.zeros(1, 1, 4, 4), 2, 2)
     with pytest.raises(ValueError, match="0x2"):
         resize_mask(torch.zeros(1, 4, 4), 0, 2)
+
+
+def disc(radius, size=41):
+    y, x = torch.meshgrid(torch.arange(size) - size // 2, torch.arange(size) - size // 2, indexing="ij")
+    return (x * x + y * y <= radius * radius).float()[None]
+
+
+@pytest.mark.parametrize("radius", [1, 2, 5, 13])
+def test_growing_a_pixel_gives_the_disc(radius):
+    assert torch.equal(grow_mask(disc(0), radius), disc(radius))
+
+
+def test_shrinking_undoes_growing_of_a_disc_and_is_its_dual():
+    mask = torch.rand(2, 21, 17, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(grow_mask(mask, -3), 1 - grow_mask(1 - mask, 3))
+    assert torch.equal(grow_mask(disc(7), -7)[0, 20, 20], torch.tensor(1.0))
+    assert grow_mask(disc(7), -8).sum() == 0
+    assert torch.equal(grow_mask(mask, 0), mask)
+
+
+def test_growing_beyond_the_image_and_at_its_border():
+    assert torch.equal(grow_mask(disc(0, 5), 100), torch.ones(1, 5, 5))
+    assert torch.equal(grow_mask(torch.ones(1, 6, 4), -2), torch.ones(1, 6, 4))
+
+
+def test_soft_edges_move_and_stay():
+    ramp = torch.linspace(0, 1, 11).expand(1, 11, 11).contiguous()
+    torch.testing.assert_close(grow_mask(ramp, 2)[0, 5, :9], ramp[0, 5, 2:])
+
+
+def test_feather_keeps_constants_and_centre_of_an_edge():
+    assert torch.equal(feather_mask(torch.zeros(1, 9, 9), 4), torch.zeros(1, 9, 9))
+    torch.testing.assert_close(feather_mask(torch.ones(2, 9, 9), 4), torch.ones(2, 9, 9))
+    edge = torch.zeros(1, 40, 40)
+    edge[..., 20:] = 1
+    soft = feather_mask(edge, 6)[0, 20]
+    assert (soft.diff() >= 0).all() and soft[:8].max() < 0.01 and soft[32:].min() > 0.99
+    torch.testing.assert_close(soft[19] + soft[20], torch.tensor(1.0))
+    assert torch.equal(feather_mask(edge, 0), edge)
+
+
+def test_contour_is_inside_and_thin():
+    shape = disc(10) > 0
+    line = boundary(shape, 1)
+    assert (line & ~shape).sum() == 0 and line[0, 20, 10] and not line[0, 20, 12]
+    assert not boundary(torch.ones(1, 5, 5, dtype=torch.bool)).any()
