@@ -1,0 +1,226 @@
+"""Checkpoints: what is read, what is refused, and that nothing in a file runs."""
+
+import os
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+
+from support import segmenters
+
+segmenters.require_ultralytics()
+
+from pastiche.nodes.host import fastsam_format
+from pastiche.nodes.host.fastsam_format import read_checkpoint, save_safetensors
+from pastiche.nodes.host.fastsam_network import TorchNetwork
+
+
+@pytest.fixture(scope="module")
+def network():
+    return segmenters.random_network()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pt") / "FastSAM-tiny.pt"
+    segmenters.save_checkpoint(path, network)
+    return path
+
+
+def test_pt_gives_the_same_network(network, checkpoint):
+    weights = read_checkpoint(str(checkpoint))
+    assert (weights.depth, weights.width, weights.max_channels, weights.size) == (0.33, 0.0625, 1024, 64)
+    expected = network.state_dict()
+    assert weights.state.keys() == expected.keys()
+    assert all(torch.equal(weights.state[key], expected[key]) for key in expected)
+
+
+def test_loaded_network_computes_what_ultralytics_computes(network, checkpoint):
+    loaded = TorchNetwork(read_checkpoint(str(checkpoint)), "tiny")
+    picture = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    prediction, prototypes = loaded(picture)
+    reference = network.float().eval()
+    with torch.no_grad():
+        (expected, expected_prototypes), _ = reference(picture)
+    torch.testing.assert_close(prediction, expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prototypes, expected_prototypes[0], rtol=1e-5, atol=1e-5)
+    assert prediction.shape == (37, 8 * 12 + 4 * 6 + 2 * 3) and prototypes.shape == (32, 16, 24)
+
+
+def test_safetensors_round_trip(checkpoint, tmp_path):
+    weights = read_checkpoint(str(checkpoint))
+    path = tmp_path / "tiny.safetensors"
+    save_safetensors(weights, str(path))
+    again = read_checkpoint(str(path))
+    assert (again.depth, again.width, again.max_channels, again.size) == (0.33, 0.0625, 1024, 64)
+    assert all(torch.equal(again.state[key], weights.state[key]) for key in weights.state)
+    assert os.listdir(tmp_path) == ["tiny.safetensors"]
+
+
+def test_notes_of_an_interrupted_training_are_read(tmp_path):
+    path = tmp_path / "last.pt"
+    notes = {
+        "best_fitness": np.float64(0.5),
+        "train_args": {"imgsz": 96, "save_dir": pathlib.PosixPath("runs")},
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1}]},
+    }
+    segmenters.save_checkpoint(path, segmenters.random_network(), **notes)
+    assert read_checkpoint(str(path)).size == 96
+
+
+def test_reading_imports_and_runs_nothing_of_ultralytics(checkpoint, monkeypatch):
+    import ultralytics.nn.modules
+
+    def explode(*_, **__):
+        raise AssertionError("code of ultralytics ran while reading a file")
+
+    monkeypatch.setattr(ultralytics.nn.modules.Conv, "__init__", explode)
+    monkeypatch.setattr(torch.nn.Module, "__setstate__", explode)
+    assert read_checkpoint(str(checkpoint)).state
+
+
+class Payload:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_malicious_pickle_is_refused_and_not_run(network, tmp_path):
+    ran = tmp_path / "ran"
+    for name, notes in {"alone.pt": None, "beside.pt": {"date": Payload(ran)}}.items():
+        path = tmp_path / name
+        if notes is None:
+            torch.save(Payload(ran), path)
+        else:
+            segmenters.save_checkpoint(path, network, **notes)
+        with pytest.raises(ValueError, match="refused, and nothing in it was run") as refusal:
+            read_checkpoint(str(path))
+        assert "system" in str(refusal.value)
+        assert not ran.exists()
+    os.system(f"touch {ran}")
+    assert ran.exists()  # the payload would have worked
+
+
+def test_allow_list_holds_no_code():
+    for record, name in fastsam_format._named_records():
+        assert record.__mro__[1] is fastsam_format.Record, name
+    assert set(vars(fastsam_format.Record)) & {"__call__", "__getattr__", "__reduce__", "__del__"} == set()
+
+
+def test_code_in_a_layout_does_not_reach_the_builder(tmp_path):
+    model = segmenters.random_network()
+    model.yaml = {**model.yaml, "activation": "__import__('os').system('true')"}
+    segmenters.save_checkpoint(tmp_path / "a.pt", model)
+    with pytest.raises(ValueError, match="not laid out as YOLOv8-seg"):
+        read_checkpoint(str(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.98])
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_truncated_files(checkpoint, tmp_path, kind, keep):
+    source = checkpoint
+    if kind == "safetensors":
+        source = tmp_path / "whole.safetensors"
+        save_safetensors(read_checkpoint(str(checkpoint)), str(source))
+    whole = source.read_bytes()
+    path = tmp_path / f"cut.{kind}"
+    path.write_bytes(whole[: keep if isinstance(keep, int) else int(len(whole) * keep)])
+    with pytest.raises(ValueError, match="truncated"):
+        read_checkpoint(str(path))
+
+
+def test_detection_model(tmp_path):
+    segmenters.save_checkpoint(tmp_path / "yolov8n.pt", segmenters.random_network(kind="detect"))
+    with pytest.raises(ValueError, match="DetectionModel.*no masks.*-seg"):
+        read_checkpoint(str(tmp_path / "yolov8n.pt"))
+
+
+def test_wrong_class_count(tmp_path):
+    segmenters.save_checkpoint(tmp_path / "yolov8n-seg.pt", segmenters.random_network(classes=80))
+    with pytest.raises(ValueError, match="80 classes; FastSAM has 1"):
+        read_checkpoint(str(tmp_path / "yolov8n-seg.pt"))
+
+
+def test_other_contents(tmp_path):
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="no ultralytics model"):
+        read_checkpoint(str(tmp_path / "other.pt"))
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="no ultralytics model"):
+        read_checkpoint(str(tmp_path / "list.pt"))
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="'.bin'"):
+        read_checkpoint(str(tmp_path / "model.bin"))
+
+
+def test_safetensors_of_something_else(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="expected 'yolov8-seg'"):
+        read_checkpoint(str(tmp_path / "a.safetensors"))
+    save_file({"a": torch.zeros(1)}, tmp_path / "b.safetensors", metadata={"format": "yolov8-seg", "depth": "nan"})
+    with pytest.raises(ValueError, match="metadata lacks"):
+        read_checkpoint(str(tmp_path / "b.safetensors"))
+
+
+@pytest.mark.parametrize("numbers", [{"depth": float("nan")}, {"width": 99.0}, {"max_channels": 0}, {"size": 1}])
+def test_impossible_scale(checkpoint, tmp_path, numbers):
+    weights = read_checkpoint(str(checkpoint))
+    for key, value in numbers.items():
+        setattr(weights, key, value)
+    save_safetensors(weights, str(tmp_path / "a.safetensors"))
+    with pytest.raises(ValueError, match="impossible YOLOv8 scale"):
+        read_checkpoint(str(tmp_path / "a.safetensors"))
+
+
+def test_missing_and_misshapen_tensors(checkpoint):
+    weights = read_checkpoint(str(checkpoint))
+    kept = weights.state.pop("model.4.cv1.bn.weight")
+    with pytest.raises(ValueError, match="1 tensors are missing.*model.4.cv1.bn.weight"):
+        TorchNetwork(weights, "tiny")
+    weights.state["model.4.cv1.bn.weight"] = kept[:1]
+    with pytest.raises(ValueError, match=r"model.4.cv1.bn.weight is \(1,\)"):
+        TorchNetwork(weights, "tiny")
+
+
+def test_without_ultralytics_only_loading_a_checkpoint_fails(checkpoint, monkeypatch):
+    import sys
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "ultralytics"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ultralytics", None)
+    weights = read_checkpoint(str(checkpoint))
+    with pytest.raises(ValueError, match="pip install --no-deps ultralytics opencv-python-headless"):
+        TorchNetwork(weights, "tiny")
+
+
+def test_import_leaves_the_process_as_it_was(comfyui, repository):
+    """In a fresh process: torch.save, print options, OpenCV threads, variables and the console stay as they were."""
+    import subprocess
+    import sys
+
+    script = """
+import sys; sys.argv = ["x"]; sys.path.insert(0, "tests"); import conftest
+import io, contextlib, os, torch, numpy, cv2
+from pastiche.nodes.host import fastsam_network
+seen = lambda: (torch.save, str(vars(torch._tensor_str.PRINT_OPTS)), str(numpy.get_printoptions()), cv2.getNumThreads(),
+                {k: v for k, v in os.environ.items() if not k.startswith("YOLO_")})
+before = seen()
+text = io.StringIO()
+with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+    fastsam_network._segmentation_model()
+assert seen() == before, (before, seen())
+assert text.getvalue() == "", text.getvalue()
+folder, user = os.environ["YOLO_CONFIG_DIR"], __import__("folder_paths").get_user_directory()
+assert folder.startswith(user), (folder, user)
+print("unchanged")
+"""
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("YOLO_")}
+    variables["COMFYUI_PATH"] = str(comfyui)
+    command = [sys.executable, "-c", script]
+    answer = subprocess.run(command, cwd=repository, env=variables, capture_output=True, text=True)
+    assert answer.stdout.strip().endswith("unchanged"), answer.stdout + answer.stderr
