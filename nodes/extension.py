@@ -6,9 +6,11 @@ from .fastsam import FastSAMPrompt, LoadFastSAM
 from .features import CaptureFeatures, LoadFeatures, SaveFeatures
 from .host.fastsam import register_fastsam_folder
 from .host.feature_files import register_folder
+from .injectfusion import HSpaceSlerp, InjectFusionSampler
 from .inversion import DDIMInversion, InversionReport
 from .styleid import LatentAdaIN, StyleInjection
 from .training import TrainStyleLoRA
+from .unconditional import LoadUnconditional
 
 
 class PasticheExtension(ComfyExtension):
@@ -25,6 +27,9 @@ class PasticheExtension(ComfyExtension):
             SaveFeatures,
             LoadFeatures,
             StyleInjection,
+            HSpaceSlerp,
+            InjectFusionSampler,
+            LoadUnconditional,
             TrainStyleLoRA,
             LoadFastSAM,
             FastSAMPrompt,

@@ -12,7 +12,7 @@ from ..algorithms.slerp import masked_slerp, resize_features, slerp
 from ..sockets import FeatureBank, FeatureKey
 from .fingerprint import fingerprint, require_same_model
 from .inspection import inspect_model
-from .run import attach_banks, current_run, current_sigma, rows_of
+from .run import attach_banks, current_run, current_sigma
 
 BRANCHES = ("conditional", "both")
 INJECT = "pastiche_inject"

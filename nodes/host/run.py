@@ -63,6 +63,10 @@ class SamplingRun:
     def network(self) -> Any:
         return self._guider.model_patcher.model.diffusion_model
 
+    @property
+    def model_sampling(self) -> Any:
+        return self._guider.inner_model.model_sampling
+
 
 class _BankReader:
     """One bank during one run: the step's tensors, read or recomputed once."""

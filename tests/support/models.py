@@ -62,6 +62,7 @@ def tiny_unet(
     context_dim: int = 32,
     heads: int = 2,
     in_channels: int = 4,
+    cast: torch.dtype | None = None,
 ) -> comfy.model_patcher.ModelPatcher:
     """A small random U-Net with the block positions of `family` as a MODEL on the CPU.
 
@@ -103,7 +104,7 @@ def tiny_unet(
             **({"num_classes": "sequential", "adm_in_channels": 2816} if family == "sdxl" else {"adm_in_channels": None}),
         }
     )
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(dtype, cast)
     model = config.get_model({}, device=torch.device("cpu"))
     randomize(model.diffusion_model, seed)
     device = torch.device("cpu")

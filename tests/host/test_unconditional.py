@@ -1,0 +1,232 @@
+"""Diffusers' own UNet2DModel and DDIMPipeline as the oracle for Load Unconditional DDPM."""
+
+import json
+
+import comfy.sample
+import comfy.samplers
+import folder_paths
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from pastiche.nodes.host.inspection import inspect_model
+from pastiche.nodes.host.unconditional import list_folders, load_unconditional, make_sampling
+
+from support.unconditional import SCHEDULER, make_network, write_folder
+
+diffusers = pytest.importorskip("diffusers")
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty models/diffusers of this test alone."""
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(tmp_path)], ["folder"]))
+    return tmp_path
+
+
+def noise(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(model, conditioning, x, sigmas, sampler="euler"):
+    """Samples from the noisy latent x (B, 3, H, W) in ComfyUI's scale."""
+    return comfy.sample.sample_custom(
+        model, torch.zeros_like(x), 1.0, comfy.samplers.sampler_object(sampler), sigmas, conditioning, [],
+        x, seed=0, disable_pbar=True,
+    )
+
+
+def predict(model, x, sigma):
+    """The network's own prediction at one noise level, through ComfyUI's apply_model."""
+    comfy.model_management.load_models_gpu([model])
+    seen = []
+    with_hook = model.clone()
+
+    def spy(executor, *args, **kwargs):
+        seen.append(executor(*args, **kwargs))
+        return seen[-1]
+
+    with_hook.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", spy)
+    options = comfy.model_patcher.create_model_options_clone(with_hook.model_options)
+    options["transformer_options"]["wrappers"] = with_hook.wrappers
+    model.model.apply_model(x, sigma.expand(len(x)), transformer_options=options["transformer_options"])
+    return seen[0]
+
+
+@pytest.mark.parametrize("shape, pipeline", [("celebahq", False), ("church", True), ("bedroom", False), ("cifar10", True)])
+def test_prediction_is_diffusers_own(root, shape, pipeline):
+    network = make_network(shape, seed=3)
+    write_folder(root / shape, network, pipeline)
+    model, _, _ = load_unconditional(shape)
+    for size in [(32, 32), (32, 64)]:
+        for t in (0, 500, 999):
+            sigma = model.model.model_sampling.sigmas[t]
+            z = noise(2, 3, *size)
+            x = z * (1 + sigma**2).sqrt()
+            with torch.no_grad():
+                expected = network(model.model.model_sampling.calculate_input(sigma, x), t).sample
+            found = predict(model, x, sigma)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert expected.std() > 0.01
+
+
+def test_cores_simple_scheduler_is_trailing_spacing(root):
+    """So a graph needs no own SIGMAS node: Basic Scheduler `simple` is diffusers' timestep_spacing "trailing"."""
+    model, *_ = load_unconditional(write_folder(root / "net", make_network("cifar10")).name)
+    schedule = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    schedule.set_timesteps(50)
+    sampling = model.model.model_sampling
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 50)
+    assert torch.equal(sigmas[:-1], sampling.sigmas[schedule.timesteps]) and sigmas[-1] == 0
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("linear", {}), ("scaled_linear", {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+    ("cosine", {"beta_schedule": "squaredcos_cap_v2"}), ("short", {"num_train_timesteps": 250}),
+    ("ddim", {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}),
+    ("zero snr", {"rescale_betas_zero_snr": True}),
+])
+def test_schedule_is_the_folders(name, changes):
+    config = {**SCHEDULER, **changes}
+    sampling = make_sampling(config)
+    theirs = diffusers.DDPMScheduler.from_config({k: v for k, v in config.items() if k != "_class_name"}).alphas_cumprod
+    assert torch.isfinite(sampling.sigmas).all() and len(sampling.sigmas) == config["num_train_timesteps"]
+    torch.testing.assert_close((1 / (1 + sampling.sigmas.double() ** 2)).float(), theirs, rtol=1e-5, atol=1e-7)
+    assert sampling.percent_to_sigma(0.5) == pytest.approx(
+        float(sampling.sigma(torch.tensor((len(theirs) - 1) / 2))), rel=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_parametrisations_are_diffusers(prediction):
+    sampling = make_sampling({**SCHEDULER, "prediction_type": prediction})
+    theirs = diffusers.DDIMScheduler(prediction_type=prediction, clip_sample=False)
+    theirs.set_timesteps(1000)
+    z, output, t = noise(1, 3, 8, 8), noise(1, 3, 8, 8, seed=2), 400
+    expected = theirs.step(output, t, z).pred_original_sample
+    sigma = sampling.sigmas[t].view(1)
+    x = z * (1 + sigma**2).sqrt()
+    torch.testing.assert_close(sampling.calculate_input(sigma, x), z, rtol=0, atol=1e-6)
+    torch.testing.assert_close(sampling.calculate_denoised(sigma, output, x), expected, rtol=0, atol=2e-6)
+
+
+def test_pixels_pass_through_the_vae(root):
+    _, vae, _ = load_unconditional(write_folder(root / "net", make_network("cifar10")).name)
+    image = torch.rand(2, 24, 40, 3, generator=torch.Generator().manual_seed(0))
+    latent = vae.encode(image)
+    assert latent.shape == (2, 3, 24, 40)
+    torch.testing.assert_close(latent, image.movedim(-1, 1) * 2 - 1, rtol=0, atol=1e-6)
+    torch.testing.assert_close(vae.decode(latent), image, rtol=0, atol=1e-6)
+
+
+def test_hooks_fire_as_in_cores_unet(root):
+    model, _, conditioning = load_unconditional(write_folder(root / "net", make_network("celebahq")).name)
+    blocks, middles = [], []
+
+    def middle(args):
+        middles.append((tuple(args["h"].shape), args["transformer_options"]["block"], tuple(args["timesteps"].shape)))
+        assert set(args) == {"h", "x", "emb", "context", "y", "timesteps", "transformer_options"}
+        return {"h": args["h"] * scale}
+
+    def entered(h, options):
+        blocks.append(options["block"])
+        return h
+
+    def decoded(h, hsp, options):
+        blocks.append(options["block"])
+        return h, hsp
+
+    patched = model.clone()
+    patched.set_model_patch(middle, "middle_block_after_patch")
+    patched.set_model_input_block_patch(entered)
+    patched.set_model_output_block_patch(decoded)
+    x, sigmas = noise(2, 3, 64, 32) * 3, torch.tensor([3.0, 0.0])
+    scale = 1.0
+    plain = sample(model, conditioning, x, sigmas)
+    assert torch.equal(sample(patched, conditioning, x, sigmas), plain)
+    scale = 0.5
+    assert (sample(patched, conditioning, x, sigmas) - plain).abs().max() > 1e-4
+    assert middles == [((2, 64, 2, 1), ("middle", 0), (2,))] * 2
+    assert blocks[: len(blocks) // 2] == [("input", i) for i in range(7)] + [("output", i) for i in range(6)]
+    layout = inspect_model(model)
+    assert layout.shape(layout.keys("h_space", "")[0], 64, 32) == (64, 2, 1)
+
+
+def test_conditioning_is_ignored_and_empty_latents_fit(root):
+    model, _, conditioning = load_unconditional(write_folder(root / "net", make_network("cifar10")).name)
+    x, sigmas = noise(1, 3, 32, 32) * 3, torch.tensor([3.0, 1.0, 0.0])
+    text = [[torch.ones(1, 77, 768), {"pooled_output": torch.ones(1, 768)}]]
+    assert torch.equal(sample(model, text, x, sigmas), sample(model, conditioning, x, sigmas))
+    empty = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, 4, 8), 8)
+    assert empty.shape == (1, 3, 32, 64)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("fp16", 2e-2), ("bf16", 8e-2)])
+def test_half_weights_stay_close(root, dtype, tolerance):
+    write_folder(root / "net", make_network("cifar10", seed=8))
+    full, half = load_unconditional("net", "fp32")[0], load_unconditional("net", dtype)[0]
+    assert half.model_size() < 0.6 * full.model_size()
+    x, sigma = noise(1, 3, 32, 32) * 2, torch.tensor(1.7)
+    torch.testing.assert_close(predict(half, x, sigma).float(), predict(full, x, sigma), rtol=0, atol=tolerance)
+
+
+def test_folders_are_found(root):
+    write_folder(root / "one", make_network("cifar10"))
+    write_folder(root / "lab" / "two", make_network("cifar10"), pipeline=True)
+    (root / "sd").mkdir()
+    (root / "sd" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    assert list_folders() == ["lab/two", "one"]
+
+
+@pytest.mark.parametrize("name", ["../outside", "missing", "", ".", "/etc"])
+def test_paths_stay_inside(root, name):
+    with pytest.raises(ValueError, match="models|folder"):
+        load_unconditional(name)
+
+
+def test_pickles_are_refused_with_the_way_out(root):
+    folder = write_folder(root / "old", make_network("cifar10"))
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no .safetensors"):
+        load_unconditional("old")
+    (folder / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match="(?s)diffusion_pytorch_model.bin.*save_pretrained"):
+        load_unconditional("old")
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("in_channels", 1, "in_channels is 1, expected 3"),
+    ("num_class_embeds", 10, "num_class_embeds is 10"),
+    ("time_embedding_type", "fourier", "time_embedding_type is fourier"),
+    ("_class_name", "UNet2DConditionModel", "_class_name is UNet2DConditionModel"),
+    ("down_block_types", ["SkipDownBlock2D"], "SkipDownBlock2D"),
+])
+def test_other_models_are_refused(root, key, value, message):
+    folder = write_folder(root / "net", make_network("cifar10"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ValueError, match=message):
+        load_unconditional("net")
+
+
+def test_broken_folders_say_what_is_wrong(root):
+    folder = write_folder(root / "net", make_network("cifar10"))
+    schedule = folder / "scheduler_config.json"
+    schedule.write_text(json.dumps({**SCHEDULER, "_class_name": "ScoreSdeVeScheduler"}))
+    with pytest.raises(ValueError, match="ScoreSdeVeScheduler"):
+        load_unconditional("net")
+    schedule.write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_unconditional("net")
+    schedule.unlink()
+    with pytest.raises(ValueError, match="no scheduler_config.json"):
+        load_unconditional("net")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "block_out_channels": [64, 64, 64, 64]}))
+    with pytest.raises((ValueError, RuntimeError)):
+        load_unconditional("net")
+
+
+def test_sizes_that_do_not_fit_are_refused(root):
+    model, _, conditioning = load_unconditional(write_folder(root / "net", make_network("celebahq")).name)
+    with pytest.raises(ValueError, match="multiples of 32, got 40x64"):
+        sample(model, conditioning, noise(1, 3, 64, 40), torch.tensor([3.0, 0.0]))

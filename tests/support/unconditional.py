@@ -1,0 +1,44 @@
+"""Small diffusers UNet2DModel folders with the block layout of the public DDPM models."""
+
+import json
+from pathlib import Path
+
+import torch
+
+SHAPES = {
+    # google/ddpm-celebahq-256, -church-256 and -bedroom-256 share this layout (there with 128..512 channels)
+    "celebahq": dict(
+        sample_size=64, block_out_channels=(32, 32, 32, 32, 64, 64), attention_head_dim=None, downsample_padding=0,
+        down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+    ),
+    "cifar10": dict(
+        sample_size=32, block_out_channels=(32, 64, 64, 64), attention_head_dim=None, downsample_padding=0,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    ),
+}
+SHAPES["church"] = SHAPES["bedroom"] = SHAPES["celebahq"]
+COMMON = dict(in_channels=3, out_channels=3, layers_per_block=2, flip_sin_to_cos=False, freq_shift=1,
+              norm_eps=1e-6, norm_num_groups=32, act_fn="silu", time_embedding_type="positional")
+SCHEDULER = dict(_class_name="DDPMScheduler", beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+                 num_train_timesteps=1000, clip_sample=True, trained_betas=None, variance_type="fixed_small")
+
+
+def make_network(shape: str, seed: int = 0, gain: float = 1.0):
+    """A randomly initialised UNet2DModel; `gain` scales its output layer (small: a smooth eps)."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(seed)
+    network = UNet2DModel(**COMMON, **SHAPES[shape]).eval().requires_grad_(False)
+    network.conv_out.weight.mul_(gain)
+    return network
+
+
+def write_folder(folder: Path, network, pipeline: bool = False, scheduler: dict = SCHEDULER) -> Path:
+    """Saves a model folder as the hub has it: all files together, or the unet/ and scheduler/ of a pipeline."""
+    network.save_pretrained(folder / "unet" if pipeline else folder)
+    place = folder / "scheduler" if pipeline else folder
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return folder
