@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 TrajectorySocket = io.Custom("PASTICHE_TRAJECTORY")
 FeaturesSocket = io.Custom("PASTICHE_FEATURES")
+StyleSocket = io.Custom("PASTICHE_STYLE")
 FastSAMSocket = io.Custom("PASTICHE_FASTSAM")  # carries host.fastsam.FastSAM
 
 
@@ -120,3 +121,30 @@ class FeatureBank:
 
     def keys_of(self, stream: str) -> list[FeatureKey]:
         return [key for key in self.keys if key.stream == stream]
+
+
+@dataclass(frozen=True)
+class StyleEntry:
+    """One style of a multi-style transfer: at most one of lora, model and features says what changes the model.
+
+    lora:         a LORA_MODEL: LoRA tensors by their standard names.
+    model:        the guider's MODEL with LoRAs on top.
+    features:     a style's FeatureBank with `self_attention` hidden states, injected as StyleID does.
+    conditioning: this style's CONDITIONING; None takes the guider's positive.
+    mask:         (B or 1, H, W) or (H, W) in [0, 1], any size, where the style acts; None is everywhere.
+    strength:     of the LoRA, or of the injection.
+    start_percent, end_percent: share of the schedule, 0..1, in which the style acts.
+    temperature, layers: of the injection.
+    """
+
+    lora: dict[str, torch.Tensor] | None = None
+    model: Any | None = None
+    features: FeatureBank | None = None
+    conditioning: list | None = None
+    mask: torch.Tensor | None = None
+    strength: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    temperature: float = 1.5
+    layers: str = "auto"
+    name: str = ""

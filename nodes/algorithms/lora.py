@@ -63,10 +63,8 @@ def _is_attention_projection(name: str, wanted: set[str]) -> bool:
     return leaf.startswith("to_") or any("attn" in part or "attention" in part for part in parts[:-1])
 
 
-def apply_rows(x: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
-    """A different update for every batch row: (N, ..., in), (N, r, in), (N, out, r), (N,) -> (N, ..., out)."""
-    shape = x.shape
-    rows = x.reshape(shape[0], -1, shape[-1])  # (N, T, in)
+def apply_rows(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """A different update for every batch row: (N, ..., in), (N, r, in), (N, out, r) scaled -> (N, ..., out)."""
+    rows = x.reshape(x.shape[0], -1, x.shape[-1])  # (N, T, in)
     hidden = torch.bmm(rows, down.to(x.dtype).transpose(1, 2))  # (N, T, r)
-    hidden = hidden * scale.to(x.dtype).view(-1, 1, 1)
-    return torch.bmm(hidden, up.to(x.dtype).transpose(1, 2)).reshape(*shape[:-1], -1)
+    return torch.bmm(hidden, up.to(x.dtype).transpose(1, 2)).reshape(*x.shape[:-1], -1)

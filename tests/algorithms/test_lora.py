@@ -68,7 +68,7 @@ def test_rows_take_their_own_update(generator):
     x = torch.randn(3, 7, 6, generator=generator, dtype=torch.float64)
     down, up = (torch.randn(3, *s, generator=generator, dtype=torch.float64) for s in ((2, 6), (5, 2)))
     scale = torch.tensor([1.0, 0.0, 2.5], dtype=torch.float64)
-    together = apply_rows(x, down, up, scale)
+    together = apply_rows(x, down, up * scale[:, None, None])
     for row in range(3):
         torch.testing.assert_close(together[row], apply_low_rank(x[row], down[row], up[row], float(scale[row])))
     assert not together[1].any()

@@ -1,0 +1,230 @@
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import pytest
+import torch
+from support.models import tiny_cond, tiny_unet
+
+from pastiche.nodes.host.multistyle import MultiStyleGuider, multi_style_guider
+from pastiche.nodes.sockets import StyleEntry
+
+SIZE = (2, 4, 16, 8)  # two samples, not square
+
+
+def random_lora(model, seed, rank=4, layers=("to_q", "to_k", "to_v"), scale=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, module in model.model.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and name.rsplit(".", 1)[-1] in layers:
+            weight = module.weight
+            down = torch.randn(rank, *weight.shape[1:], generator=generator)
+            up = torch.randn(weight.shape[0], rank, *[1] * (weight.ndim - 2), generator=generator)
+            tensors[f"{name}.lora_down.weight"] = down / weight[0].numel() ** 0.5
+            tensors[f"{name}.lora_up.weight"] = up * scale
+            tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    return tensors
+
+
+def sample(guider, steps=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(SIZE, generator=generator)
+    model = guider.model_patcher
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    return guider.sample(noise, torch.zeros(SIZE), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
+
+
+def plain(model, positive, negative, cfg):
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    return guider
+
+
+def merged(model, lora, strength=1.0):
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+
+def masks(count, seed=3):
+    return [mask for mask in torch.rand(count, 1, 64, 32, generator=torch.Generator().manual_seed(seed))]
+
+
+class Loop(comfy.samplers.CFGGuider):
+    """Eq. 7 as written: every model patched and run on its own, the predictions added up."""
+
+    def __init__(self, base, models, weights, rest):
+        super().__init__(base)
+        self.parts = [*zip(models, weights), (base, rest)]
+        self.guiders = []
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):
+        total = torch.zeros_like(x)
+        for (model, conds, cfg), weight in [(part, weight) for part, weight in self.parts]:
+            guider = plain(model, *conds, cfg)
+            out = []
+            step = comfy.samplers.KSAMPLER(lambda wrap, x0, s, extra_args=None, **k: out.append(wrap(x, timestep, **extra_args)) or x0)
+            guider.sample(torch.zeros_like(x), x, step, timestep[:1].repeat(2), disable_pbar=True, seed=0)
+            total = total + weight.to(x) * out[0]
+        return total
+
+
+def test_equals_a_loop_over_patched_models():
+    """Eq. 7, guidance and negative prompt, overlapping soft masks, ranks that differ: 1e-5 of the largest value."""
+    from pastiche.nodes.algorithms.diffstyler import normalise_masks
+    from pastiche.nodes.algorithms.masks import resize_mask
+
+    model = tiny_unet()
+    loras = [random_lora(model, 1, 4), random_lora(model, 2, 2), random_lora(model, 3, 3, ("to_out", "0", "proj"))]
+    prompts = [tiny_cond(model, seed=i) for i in range(4)]
+    negative = tiny_cond(model, seed=9)
+    own = masks(3)
+    entries = [StyleEntry(lora=lora, conditioning=prompts[i], mask=own[i]) for i, lora in enumerate(loras)]
+    ours = sample(multi_style_guider(model, prompts[3], negative, 3.0, entries))
+    weights, rest = normalise_masks(torch.stack([resize_mask(mask, 16, 8) for mask in own]))
+    models = [(merged(model, lora), (prompts[i], negative), 3.0) for i, lora in enumerate(loras)]
+    loop = Loop(model, models, weights.unsqueeze(2), rest.unsqueeze(1))
+    loop.parts[-1] = ((model, (prompts[3], negative), 3.0), rest.unsqueeze(1))
+    loop.inner_set_conds({"positive": prompts[3], "negative": negative})
+    expected = sample(loop)
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+    base = sample(plain(model, prompts[3], negative, 3.0))
+    assert (ours - base).abs().max() > 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family, cfg", [("sd15", 1.0), ("sd20", 4.0), ("sdxl", 4.0)])
+def test_one_style_everywhere_is_that_lora_alone(family, cfg):
+    model = tiny_unet(family)
+    lora, positive, negative = random_lora(model, 1), tiny_cond(model), tiny_cond(model, seed=5)
+    entry = StyleEntry(lora=lora, strength=0.7)
+    ours = sample(multi_style_guider(model, positive, negative, cfg, [entry]))
+    alone = sample(plain(merged(model, lora, 0.7), positive, negative, cfg))
+    base = sample(plain(model, positive, negative, cfg))
+    assert (alone - base).abs().max() > 1e-2 * base.abs().max()
+    assert (ours - alone).abs().max() < 1e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("entry", [
+    {"mask": torch.zeros(1, 64, 32)}, {"start_percent": 0.6, "end_percent": 0.4}, None, {"strength": 0.0}
+])
+def test_nothing_to_do_is_the_base_bit_for_bit(entry):
+    model = tiny_unet()
+    positive, negative = tiny_cond(model), tiny_cond(model, seed=5)
+    entries = [] if entry is None else [StyleEntry(lora=random_lora(model, i), **entry) for i in range(2)]
+    base = sample(plain(model, positive, negative, 4.0))
+    ours = sample(multi_style_guider(model, positive, negative, 4.0, entries))
+    if entry == {"strength": 0.0}:  # the style's own rows run, with a LoRA of nothing
+        torch.testing.assert_close(ours, base, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(ours, base)
+
+
+def test_one_forward_a_step():
+    model = tiny_unet()
+    calls = []
+    model.model.diffusion_model.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[0]))
+    entries = [StyleEntry(lora=random_lora(model, i), mask=mask / 4) for i, mask in enumerate(masks(3))]
+    sample(multi_style_guider(model, tiny_cond(model), tiny_cond(model, seed=5), 4.0, entries), steps=3)
+    assert calls == [16] * 3  # (3 styles + base) x (prompt, negative) x 2 samples
+
+
+def test_ranges_switch_styles_on_and_off():
+    model = tiny_unet()
+    rows = []
+    model.model.diffusion_model.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
+    entries = [StyleEntry(lora=random_lora(model, 1), start_percent=0.5), StyleEntry(lora=random_lora(model, 2), end_percent=0.5)]
+    sample(multi_style_guider(model, tiny_cond(model), [], 1.0, entries), steps=4)
+    assert rows[0] == rows[-1] == SIZE[0]  # one style at a time, everywhere: no base rows
+
+
+def test_every_kind_of_patch(tmp_path):
+    """Convolution LoRAs, biases, norms and full differences beside plain ones: against core's merge."""
+    model = tiny_unet()
+    lora = random_lora(model, 4, 2, ("to_q", "op", "conv", "proj_in", "proj_out", "skip_connection"), 0.2)
+    generator = torch.Generator().manual_seed(8)
+    network = dict(model.model.named_modules())
+    for name, kind in (("middle_block.1.norm", "norm"), ("middle_block.0.in_layers.0", "norm"),
+                       ("output_blocks.5.1.transformer_blocks.0.norm1", "norm"), ("out.2", "conv"),
+                       ("output_blocks.4.1.transformer_blocks.0.ff.net.2", "linear")):
+        module = network[f"diffusion_model.{name}"]
+        lora[f"diffusion_model.{name}.diff"] = 0.05 * torch.randn(module.weight.shape, generator=generator)
+        lora[f"diffusion_model.{name}.diff_b"] = 0.05 * torch.randn(module.bias.shape, generator=generator)
+    for name in ("middle_block.1.transformer_blocks.0.attn1.to_v", "input_blocks.4.1.transformer_blocks.0.attn1.to_v"):
+        weight = network[f"diffusion_model.{name}"].weight  # LoHa
+        for part, shape in (("hada_w1_a", (weight.shape[0], 2)), ("hada_w1_b", (2, weight.shape[1])),
+                            ("hada_w2_a", (weight.shape[0], 2)), ("hada_w2_b", (2, weight.shape[1]))):
+            lora[f"diffusion_model.{name}.{part}"] = 0.3 * torch.randn(shape, generator=generator)
+    positive = tiny_cond(model)
+    other = StyleEntry(lora=random_lora(model, 1), mask=torch.zeros(1, 8, 8))
+    ours = sample(multi_style_guider(model, positive, [], 1.0, [other, StyleEntry(lora=lora)]))
+    alone = sample(plain(merged(model, lora), positive, [], 1.0))
+    assert (ours - alone).abs().max() < 2e-5 * alone.abs().max()
+
+
+def test_a_model_with_loras_is_a_style():
+    model = tiny_unet()
+    shared = merged(model, random_lora(model, 7), 0.5)  # below every style
+    lora = random_lora(model, 1)
+    styled = merged(merged(shared, lora, 0.8), random_lora(model, 2, 3), 0.4)
+    positive = tiny_cond(model)
+    ours = sample(multi_style_guider(shared, positive, [], 1.0, [StyleEntry(model=styled)]))
+    alone = sample(plain(styled, positive, [], 1.0))
+    assert (ours - alone).abs().max() < 1e-5 * alone.abs().max()
+    with pytest.raises(ValueError, match="another checkpoint"):
+        MultiStyleGuider(tiny_unet(seed=1), [StyleEntry(model=styled)])
+    with pytest.raises(ValueError, match="different LoRAs below"):
+        MultiStyleGuider(merged(model, random_lora(model, 6)), [StyleEntry(model=styled, name="ink")])
+
+
+def test_foreign_loras_are_refused():
+    model = tiny_unet()
+    with pytest.raises(ValueError, match="style 1: none of the LoRA's 3 tensors"):
+        MultiStyleGuider(model, [StyleEntry(lora={f"double_blocks.0.img_attn.qkv.{k}": torch.zeros(2, 2) for k in "abc"})])
+    wide = random_lora(tiny_unet(context_dim=64), 1)
+    guider = multi_style_guider(model, tiny_cond(model), [], 1.0, [StyleEntry(lora=wide, name="wide")])
+    with pytest.raises(ValueError, match=r"wide: the LoRA's .*attn2.to_k.weight is for a weight of \(32, 64\)"):
+        sample(guider)
+
+
+def test_masks_per_sample_and_wrong_counts():
+    model = tiny_unet()
+    both = torch.stack([torch.zeros(64, 32), torch.ones(64, 32)])
+    lora, positive = random_lora(model, 1), tiny_cond(model)
+    ours = sample(multi_style_guider(model, positive, [], 1.0, [StyleEntry(lora=lora, mask=both)]))
+    alone, base = sample(plain(merged(model, lora), positive, [], 1.0)), sample(plain(model, positive, [], 1.0))
+    torch.testing.assert_close(ours[0], base[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours[1], alone[1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="3 masks for 2 samples"):
+        sample(multi_style_guider(model, positive, [], 1.0, [StyleEntry(lora=lora, mask=torch.ones(3, 8, 8))]))
+
+
+def test_nothing_stays_behind(monkeypatch):
+    model = tiny_unet()
+    hooks = lambda: sum(len(module._forward_hooks) for module in model.model.modules())
+    guider = multi_style_guider(model, tiny_cond(model), [], 1.0, [StyleEntry(lora=random_lora(model, 1))])
+    base = sample(plain(model, tiny_cond(model), [], 1.0))
+    first = sample(guider)
+    assert hooks() == 0 and torch.equal(sample(guider), first)
+
+    def interrupt(step, *_):
+        comfy.model_management.interrupt_current_processing()
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        guider.sample(torch.randn(SIZE), torch.zeros(SIZE), comfy.samplers.sampler_object("euler"),
+                      torch.tensor([10.0, 5.0, 1.0, 0.0]), callback=interrupt, disable_pbar=True, seed=0)
+    assert hooks() == 0 and set(vars(guider)) & {"_batch", "_masks"} == set()
+    assert torch.equal(sample(plain(model, tiny_cond(model), [], 1.0)), base)
+
+
+def test_other_patches_see_ordinary_rows():
+    model = tiny_unet()
+    seen = set()
+
+    def patch(n, context, value, options):
+        seen.add(tuple(options["cond_or_uncond"]))
+        return n, context, value
+
+    patched = model.clone()
+    patched.set_model_attn1_patch(patch)
+    entries = [StyleEntry(lora=random_lora(model, 1), mask=masks(1)[0])]
+    sample(multi_style_guider(patched, tiny_cond(model), tiny_cond(model, seed=2), 3.0, entries))
+    assert all(set(rows) == {0, 1} for rows in seen) and seen
