@@ -8,6 +8,8 @@ from .host.fastsam import register_fastsam_folder
 from .host.feature_files import register_folder
 from .injectfusion import HSpaceSlerp, InjectFusionSampler
 from .inversion import DDIMInversion, InversionReport
+from .multistyle import MultiStyleGuiderNode, StyleEntryNode
+from .pictures import FeaturePCA, StyleSimilarity
 from .styleid import LatentAdaIN, StyleInjection
 from .training import TrainStyleLoRA
 from .unconditional import LoadUnconditional
@@ -27,10 +29,14 @@ class PasticheExtension(ComfyExtension):
             SaveFeatures,
             LoadFeatures,
             StyleInjection,
+            FeaturePCA,
+            StyleSimilarity,
             HSpaceSlerp,
             InjectFusionSampler,
             LoadUnconditional,
             TrainStyleLoRA,
+            StyleEntryNode,
+            MultiStyleGuiderNode,
             LoadFastSAM,
             FastSAMPrompt,
         ]
