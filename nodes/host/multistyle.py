@@ -6,6 +6,8 @@ import logging
 from typing import Any
 
 import comfy.samplers
+import comfy.utils
+import folder_paths
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -143,6 +145,27 @@ def _cond_name(number: int) -> str:
 
 def _evaluate(args: dict) -> list[Tensor]:
     return comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], args["model_options"])
+
+
+def lora_names() -> list[str]:
+    """LoRA files of this ComfyUI, "none" first."""
+    return ["none", *folder_paths.get_filename_list("loras")]
+
+
+def style_entry(lora_name: str, **fields: Any) -> StyleEntry:
+    """Style Entry: at most one of a LoRA file, lora, model and features. Raises ValueError for several, or a bad range."""
+    given = [name for name in ("lora", "model", "features") if fields[name] is not None]
+    given += ["lora_name"] if lora_name != "none" else []
+    if len(given) > 1:
+        raise ValueError(f"A style has one source, got {' and '.join(given)}. Use one Style Entry for each.")
+    if fields["start_percent"] > fields["end_percent"]:
+        raise ValueError(
+            f"start_percent {fields['start_percent']} lies after end_percent {fields['end_percent']}: swap them."
+        )
+    if lora_name != "none":
+        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        return StyleEntry(**{**fields, "lora": comfy.utils.load_torch_file(path, safe_load=True)}, name=lora_name)
+    return StyleEntry(**fields)
 
 
 def multi_style_guider(model: Any, positive: list, negative: list, cfg: float, styles: list[StyleEntry]) -> MultiStyleGuider:
