@@ -1,4 +1,4 @@
-"""Makes `.environment/`: a virtual environment, ComfyUI's source and, for the tests, a browser driver.
+"""Makes `.environment/`: a virtual environment, ComfyUI's source and, for the tests, a browser.
 
 Standard library only. Each step leaves a stamp when it has succeeded, so a run that was cut short goes
 on where it stopped; when a pin of pins.py changes, the steps that depend on it are made anew. With
@@ -150,8 +150,6 @@ def _steps(tests: bool):
     ]
     if tests:
         steps.append(("test packages", "tests", [requirements_key, pins.TEST_PACKAGES], _install_test_packages))
-        if shutil.which("npm"):
-            steps.append(("browser driver", "node", [pins.PLAYWRIGHT], _install_playwright))
         if not find_chromium() and _can_install_system_packages():
             steps.append(("Chromium (system package)", "chromium", [time.time()], _install_chromium))
     for title, name, key, make in steps:
@@ -174,7 +172,7 @@ def _step(title: str, name: str, key: object, make) -> bool:
 
 def _make_venv() -> None:
     _remove(HOME / "venv")
-    _remove(HOME / "stamps", keep={"comfyui", "node"})
+    _remove(HOME / "stamps", keep={"comfyui"})
     _run([sys.executable, "-m", "venv", str(HOME / "venv")], "making the virtual environment (is python3-venv installed?)")
 
 
@@ -228,14 +226,6 @@ def _install_fix() -> None:
     shutil.copy(FIX, site / FIX.name)
     # a .pth line runs at interpreter start, and unlike a sitecustomize cannot hide one of the system's
     (site / "torchvision_fix.pth").write_text("import torchvision_fix; torchvision_fix.install()\n")
-
-
-def _install_playwright() -> None:
-    folder = HOME / "node"
-    folder.mkdir(exist_ok=True)
-    (folder / "package.json").write_text('{"private": true}\n')
-    _run([shutil.which("npm"), "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--loglevel=error", pins.PLAYWRIGHT],
-         "installing the browser driver")
 
 
 def _can_install_system_packages() -> bool:

@@ -8,4 +8,3 @@ TORCH_FAMILY = ["torchvision==0.28.0", "torchaudio==2.11.0"]
 # large and not needed to run a graph
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates", "comfyui-embedded-docs"}
 TEST_PACKAGES = ["pytest>=8,<10", "diffusers>=0.35,<1"]
-PLAYWRIGHT = "playwright-core@1.65.1"
