@@ -149,7 +149,7 @@ def _steps(tests: bool):
         ("torchvision fix", "fix", [venv_key, FIX.read_text()], _install_fix),
     ]
     if tests:
-        steps.append(("test packages", "tests", [requirements_key, pins.TEST_PACKAGES], _install_test_packages))
+        steps.append(("test packages", "tests", [requirements_key, pins.TEST_PACKAGES, pins.FASTSAM_PACKAGES], _install_test_packages))
         if not find_chromium() and _can_install_system_packages():
             steps.append(("Chromium (system package)", "chromium", [time.time()], _install_chromium))
     for title, name, key, make in steps:
@@ -217,6 +217,7 @@ def _install_requirements() -> None:
 
 def _install_test_packages() -> None:
     _pip("install", "-c", str(HOME / "constraints.txt"), *pins.TEST_PACKAGES)
+    _pip("install", "--no-deps", *pins.FASTSAM_PACKAGES)
 
 
 def _install_fix() -> None:
