@@ -55,8 +55,8 @@ def predict(model, x, sigma):
 
 @pytest.mark.parametrize("shape, pipeline", [("celebahq", False), ("church", True), ("bedroom", False), ("cifar10", True)])
 def test_prediction_is_diffusers_own(root, shape, pipeline):
-    network = make_network(shape, seed=3)
-    write_folder(root / shape, network, pipeline)
+    folder = write_folder(root / shape, make_network(shape, seed=3), pipeline)
+    network = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet" if pipeline else None)
     model, _, _ = load_unconditional(shape)
     for size in [(32, 32), (32, 64)]:
         for t in (0, 500, 999):
