@@ -87,7 +87,7 @@ class _BankReader:
         if self._store is not None or same_weights(bank.model, guider.model_patcher):
             return
         shapes = feature_shapes(inspect_model(bank.model), self.keys, bank.trajectory)
-        store = MemoryStore(shapes, bank.trajectory.steps, storage_dtype(bank.model, "full"), torch.device("cpu"))
+        store = MemoryStore(shapes, bank.trajectory.steps, storage_dtype(bank.model, "half"), torch.device("cpu"))
         logging.info(
             "Pastiche: the reference model's weights differ from the sampled one's, "
             "so its features are computed once for this run (%s of RAM).", readable_size(store.nbytes),

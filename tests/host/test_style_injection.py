@@ -304,8 +304,8 @@ def test_cancel_and_errors_leave_no_state_behind(scene):
 
 
 def test_a_lora_in_between_computes_the_reference_with_the_original_weights(scene, caplog):
-    """recompute with another patches_uuid equals features kept in RAM from the unpatched model."""
-    kept = Scene(memory="ram")
+    """recompute under a LoRA equals features kept in RAM from the unpatched model, in half precision both."""
+    kept = Scene(memory="ram", precision="half")
     outputs = []
     for source in (scene, kept):
         lora = source.model.clone()
