@@ -6,6 +6,7 @@ from .fastsam import FastSAMPrompt, LoadFastSAM
 from .features import CaptureFeatures, LoadFeatures, SaveFeatures
 from .host.fastsam import register_fastsam_folder
 from .host.feature_files import register_folder
+from .host.version import warn_if_too_old
 from .injectfusion import HSpaceSlerp, InjectFusionSampler
 from .inversion import DDIMInversion, InversionReport
 from .multistyle import MultiStyleGuiderNode, StyleEntryNode
@@ -21,6 +22,7 @@ class PasticheExtension(ComfyExtension):
         register_fastsam_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        warn_if_too_old()
         return [
             DDIMInversion,
             InversionReport,

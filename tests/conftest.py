@@ -60,6 +60,8 @@ def _prepare_comfyui(path: Path) -> None:
 
 COMFYUI = _find_comfyui()
 _register_pack()
+sys.path.append(str(ROOT / "tools"))  # `host`: environment, server, browser
+pytest_plugins = ["support.live"]
 if COMFYUI is not None:
     _prepare_comfyui(COMFYUI)
     collect_ignore = []

@@ -143,7 +143,7 @@ class Server:
         deadline = time.monotonic() + timeout
         try:
             while True:
-                self._require_alive()
+                self.require_alive()
                 try:
                     self._open(f"{self.url}/system_stats", timeout=5).close()
                     return
@@ -188,7 +188,8 @@ class Server:
         text = self.log.read_text(errors="replace").splitlines()[-lines:] if self.log.exists() else []
         return "\n".join([f"The end of its log ({self.log}):", *(f"    {line}" for line in text)])
 
-    def _require_alive(self) -> None:
+    def require_alive(self) -> None:
+        """Raises ServerError with the log's end when the server has ended."""
         if self._process is None:
             raise ServerError("The server is not running.")
         code = self._process.poll()
@@ -208,7 +209,7 @@ class Server:
         except urllib.error.HTTPError as error:
             raise ServerError(_refusal(path, error.code, error.read())) from None
         except OSError as error:
-            self._require_alive()
+            self.require_alive()
             raise ServerError(f"{path} was not answered: {error}") from None
 
     def get(self, path: str) -> Any:
@@ -255,7 +256,7 @@ class Server:
         try:
             socket_ = WebSocket("127.0.0.1", self.port, f"/ws?clientId={client}")
         except OSError as error:
-            self._require_alive()
+            self.require_alive()
             raise ServerError(f"no WebSocket to the server: {error}") from None
         try:
             answer = json.loads(self.request("/prompt", {"prompt": prompt, "client_id": client}))
@@ -283,13 +284,13 @@ class Server:
             try:
                 message = socket_.receive(timeout=1)
             except TimeoutError:
-                self._require_alive()
+                self.require_alive()
                 if time.monotonic() > deadline:
                     raise ServerError(f"the prompt did not finish in time. {self.log_end()}") from None
                 continue
             except (Closed, OSError):
                 time.sleep(0.5)  # let a dying server become a dead one
-                self._require_alive()
+                self.require_alive()
                 raise ServerError(f"the connection to the server was lost. {self.log_end()}") from None
             if isinstance(message, bytes):  # a latent preview
                 continue

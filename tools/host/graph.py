@@ -53,6 +53,11 @@ def provide_files(prompt: dict[str, Any], base: Path) -> None:
                 target = base / "models" / folder / value
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.touch()
+            elif node["class_type"] == "PasticheLoadUnconditional" and name == "folder":
+                target = base / "models" / "diffusers" / value / "config.json"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.exists():
+                    target.write_text('{"_class_name": "UNet2DModel"}')
             elif node["class_type"] in ("LoadImage", "LoadImageMask") and name == "image":
                 target = base / "input" / value
                 if not target.exists():

@@ -1,0 +1,30 @@
+"""The declared minimum version and the warning about older hosts."""
+
+import logging
+import re
+
+import pytest
+
+from pastiche.nodes.host.version import OLDEST_COMFYUI, parse_version, warn_if_too_old
+
+
+@pytest.mark.parametrize("running, old", [("0.29.9", True), ("0.3.75", True), ("0.30.0", False), ("v0.31.0-rc1", False), ("1.0", False)])
+def test_older_hosts_are_told(caplog, running, old):
+    with caplog.at_level(logging.WARNING):
+        assert warn_if_too_old(running) is old
+    assert (running in caplog.text and OLDEST_COMFYUI in caplog.text) is old
+
+
+def test_the_host_under_test_is_new_enough():
+    assert not warn_if_too_old()
+
+
+def test_versions_that_are_none(caplog):
+    with pytest.raises(ValueError, match="nightly"):
+        parse_version("nightly")
+    assert not warn_if_too_old("nightly") and not caplog.text
+
+
+def test_pyproject_says_the_same(repository):
+    declared = re.search(r'requires-comfyui = ">=([\d.]+)"', (repository / "pyproject.toml").read_text())
+    assert declared[1] == OLDEST_COMFYUI

@@ -1,0 +1,51 @@
+"""Every node of the pack: a schema that builds, complete texts, a help page, an id the Manager can read."""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pastiche.nodes.extension import PasticheExtension
+
+ROOT = Path(__file__).resolve().parents[2]
+NODES = {node.define_schema().node_id: node for node in asyncio.run(PasticheExtension().get_node_list())}
+
+
+def test_ids_are_prefixed_and_unique():
+    assert len(NODES) == len(asyncio.run(PasticheExtension().get_node_list()))
+    assert all(re.fullmatch(r"Pastiche[A-Za-z]+", name) for name in NODES)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_schema_is_complete(name):
+    schema = NODES[name].GET_SCHEMA()
+    assert schema.display_name and schema.description and schema.category.split("/")[0] == "pastiche"
+    inputs, outputs = {i.id for i in schema.inputs}, [o.id for o in schema.outputs]
+    assert not inputs & set(outputs), "an id is an input and an output"
+    for item in [*schema.inputs, *schema.outputs]:
+        assert len(item.tooltip or "") >= 10, f"{item.id} has no tooltip"
+    assert all(output.display_name for output in schema.outputs)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_help_page_names_every_input_and_output(name):
+    page = ROOT / "js" / "docs" / f"{name}.md"
+    assert page.is_file()
+    words = page.read_text(encoding="utf-8").lower().replace("_", " ")
+    schema = NODES[name].GET_SCHEMA()
+    missing = [
+        item.id for item in [*schema.inputs, *schema.outputs]
+        if not any(re.search(rf"\b{re.escape(called.lower().replace('_', ' '))}\b", words) for called in (item.id, item.display_name) if called)
+    ]
+    assert not missing, f"{page.name} does not mention {missing}"
+
+
+def test_help_pages_have_nodes():
+    assert {page.stem for page in (ROOT / "js" / "docs").glob("*.md")} <= set(NODES)
+
+
+def test_node_list_for_the_manager_is_current():
+    """Otherwise run tools/make_node_list.py."""
+    assert set(json.loads((ROOT / "node_list.json").read_text())) == set(NODES)

@@ -1,0 +1,1 @@
+"""Parts of ``tools/train_mini.py``: data, autoencoder, diffusion model, evaluation."""

@@ -1,0 +1,166 @@
+"""Training of the mini U-Net: eps-prediction, AdamW, cosine rate over wall clock, EMA, resumable."""
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from .data import KINDS, square
+from .unet import Denoiser, alphas_cumprod
+
+SHARE = {"photo": 0.6, "painting": 0.28, "drawing": 0.12}
+DROP_KIND = 0.15
+
+
+def save_atomically(obj, path):
+    """torch.save under a temporary name, then rename: a killed run never leaves half a file."""
+    temporary = Path(f"{path}.tmp")
+    torch.save(obj, temporary)
+    os.replace(temporary, path)
+
+
+def diffuse(latents, timesteps, alphas):
+    """z_t = sqrt(abar) z + sqrt(1 - abar) eps; returns (z_t, eps)."""
+    noise = torch.randn_like(latents)
+    abar = alphas[timesteps][:, None, None, None]
+    return abar.sqrt() * latents + (1 - abar).sqrt() * noise, noise
+
+
+class Trainer:
+    """Owns network, EMA copy, optimiser and the clock; `run` trains until its minutes are spent.
+
+    With several processes (torch.distributed set up) each draws its own batch and gradients are
+    averaged; rank 0 keeps the clock, the log and the checkpoint.
+    """
+
+    def __init__(self, encode, pools, validation, work, seed=0, rate=5e-4, batch=16):
+        self.encode, self.pools, self.work = encode, pools, Path(work)
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rate, self.batch = rate, batch // self.world
+        self.seed_samplers(seed)
+        self.model = Denoiser(len(KINDS), seed=seed)
+        torch.manual_seed(1000 * seed + self.rank)
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        decay = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], rate, betas=(0.9, 0.98))
+        self.alphas = alphas_cumprod()
+        self.step, self.images, self.minutes = 0, 0, 0.0
+        self.recent = []
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self.held_out = encode(torch.stack([square(p, 128) for p in validation[:48]]))
+        self.held_out_t = torch.linspace(5, 995, 48).long()
+        self.held_out_noise = torch.randn(self.held_out.shape, generator=generator)
+
+    @property
+    def checkpoint(self):
+        return self.work / "unet.pt"
+
+    def save(self):
+        save_atomically({"model": self.model.state_dict(), "average": self.average, "step": self.step,
+                         "optimizer": self.optimizer.state_dict(), "images": self.images,
+                         "minutes": self.minutes}, self.checkpoint)
+
+    def resume(self):
+        if not self.checkpoint.exists():
+            return
+        saved = torch.load(self.checkpoint, weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.average, self.step = saved["average"], saved["step"]
+        self.images, self.minutes = saved["images"], saved["minutes"]
+        self.seed_samplers(self.step)
+
+    def seed_samplers(self, seed):
+        """Crops, noise and timesteps differ between processes and go on differently after a resume."""
+        self.rng = np.random.default_rng((seed, self.rank))
+        torch.manual_seed(1000 * seed + self.rank)
+
+    def sample_batch(self, size, count):
+        """Latents (count, 16, size/8, size/8) and kind indices (count), some dropped to 'empty'."""
+        names = self.rng.choice(list(SHARE), size=count, p=list(SHARE.values()))
+        crops = [self.pools[k].crops(self.rng, int((names == k).sum()), size) for k in SHARE]
+        kinds = torch.cat([torch.full((len(c),), KINDS.index(k)) for k, c in zip(SHARE, crops)])
+        kinds[torch.rand(count) < DROP_KIND] = 0
+        with torch.no_grad():
+            return self.encode(torch.cat(crops)), kinds
+
+    @torch.no_grad()
+    def validate(self):
+        """EMA loss on fixed photos, noise and timesteps; comparable between runs."""
+        live = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average)
+        abar = self.alphas[self.held_out_t][:, None, None, None]
+        noisy = abar.sqrt() * self.held_out + (1 - abar).sqrt() * self.held_out_noise
+        kinds = torch.full((len(noisy),), KINDS.index("photo"))
+        loss = F.mse_loss(self.model(noisy, self.held_out_t, kinds), self.held_out_noise).item()
+        self.model.load_state_dict(live)
+        return loss
+
+    def train_step(self, size, count, rate):
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        latents, kinds = self.sample_batch(size, count)
+        # Stratified timesteps: the loss of one batch then says more about all of them.
+        timesteps = ((torch.arange(count) + torch.rand(count)) * (1000 / count)).long()[torch.randperm(count)]
+        noisy, noise = diffuse(latents, timesteps, self.alphas)
+        loss = F.mse_loss(self.model(noisy, timesteps, kinds), noise)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.average_gradients()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        self.images += count * self.world
+        keep = min(0.9985, (1 + self.step) / (20 + self.step))
+        for k, v in self.model.state_dict().items():
+            self.average[k].lerp_(v, 1 - keep)
+        return loss.item()
+
+    def average_gradients(self):
+        if self.world == 1:
+            return
+        gradients = [p.grad for p in self.model.parameters()]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        for gradient, mean in zip(gradients, (flat / self.world).split([g.numel() for g in gradients])):
+            gradient.copy_(mean.view_as(gradient))
+
+    def plan(self, minutes):
+        """(rate, crop size, batch) of the next step, by rank 0's clock; rate 0 means stop."""
+        progress = self.minutes / minutes
+        rate = self.rate * min(1.0, (self.step + 1) / 150) * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * min(1, progress))))
+        wide = progress > 0.5 and self.step % 8 == 0
+        plan = torch.tensor([rate if progress < 1 else 0, 256 if wide else 128, max(2, self.batch // 4) if wide else self.batch],
+                            dtype=torch.float64)
+        if self.world > 1:
+            dist.broadcast(plan, 0)
+        return plan[0].item(), int(plan[1]), int(plan[2])
+
+    def run(self, minutes, save_every=180.0):
+        """Train until `minutes` in total (earlier runs counted in) have passed."""
+        clock = saved = time.monotonic()
+        with open(self.work / "unet_log.jsonl", "a") as log:
+            while True:
+                rate, size, count = self.plan(minutes)
+                if not rate:
+                    break
+                self.recent.append(self.train_step(size, count, rate))
+                now = time.monotonic()
+                self.minutes, clock = self.minutes + (now - clock) / 60, now
+                if self.rank == 0 and (now - saved > save_every or self.minutes >= minutes):
+                    entry = {"step": self.step, "images": self.images, "minutes": round(self.minutes, 2), "rate": rate,
+                             "train": sum(self.recent) / len(self.recent), "validation": self.validate()}
+                    self.recent = []
+                    print(entry, flush=True)
+                    log.write(json.dumps(entry) + "\n")
+                    log.flush()
+                    self.save()
+                    saved = time.monotonic()

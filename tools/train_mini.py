@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""Makes the embedded mini model, nodes/assets/mini.safetensors, from scratch on a CPU.
+
+    python tools/train_mini.py --assets DIR --drawings DIR --work DIR autoencoder --minutes 15
+    python tools/train_mini.py --assets DIR --drawings DIR --work DIR unet --minutes 85
+    python tools/train_mini.py --work DIR export            # at any time: EMA so far, fp16
+    python tools/train_mini.py --assets DIR --work DIR report   # numbers and pictures of docs/mini
+
+Needs ComfyUI on the path (COMFYUI_PATH). Every stage writes checkpoints under --work every few
+minutes, whole files only, and the U-Net resumes where it stopped. Seeded; with wall-clock rates
+a rerun gives an equivalent model, not the same bits.
+
+Data (docs/mini/REPORT.md lists it with licences): ASSETS/train_photos (CC0), ASSETS/style
+(public-domain paintings, minus those in mini_training.data.HELD_OUT_STYLES), DRAWINGS = the png
+folder of Debian's openclipart-png (public domain).
+"""
+import argparse
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "nodes" / "algorithms")]
+if os.environ.get("COMFYUI_PATH"):
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing(False)
+from comfy.cli_args import args as comfy_args  # noqa: E402
+
+comfy_args.cpu = True
+comfy_args.use_pytorch_cross_attention = True
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from mini_autoencoder import MiniAutoencoder  # noqa: E402
+from mini_training import autoencoder, data, evaluate, export  # noqa: E402
+from mini_training.diffusion import Trainer, save_atomically  # noqa: E402
+
+
+def load_autoencoder(work):
+    """(MiniAutoencoder, mean, std, rgb, rgb_bias) as saved by the autoencoder stage."""
+    saved = torch.load(work / "autoencoder.pt", weights_only=True)
+    model = MiniAutoencoder()
+    model.load_state_dict(saved["model"])
+    return model.eval(), *saved["statistics"]
+
+
+def train_autoencoder(options):
+    pools, _ = data.load_pools(options.assets, options.drawings, options.seed)
+    rng = np.random.default_rng(options.seed)
+    torch.manual_seed(options.seed)
+    path = options.work / "autoencoder.pt"
+    if path.exists():  # the encoder is final once made: a U-Net may already train on its latents
+        model, *statistics = load_autoencoder(options.work)
+    else:
+        model = MiniAutoencoder()
+        components, mean = autoencoder.principal_components(pools, rng, channels=16)
+        autoencoder.set_linear_transform(model, components, mean)
+        statistics = autoencoder.latent_statistics(model, pools, rng)
+        model.latent_std.copy_(statistics[1])
+
+    def save(state):
+        save_atomically({"model": state, "statistics": list(statistics)}, path)
+
+    save(model.state_dict())
+    autoencoder.train_decoder(model, pools, rng, options.minutes, save, lambda line: print(line, flush=True))
+
+
+def train_unet(options):
+    pools, validation = data.load_pools(options.assets, options.drawings, options.seed)
+    # One single-threaded process a core shares a busy machine better than threads, which wait for
+    # each other in every operation. Forked before torch computes anything: pictures are shared.
+    rendezvous = options.work.resolve() / "rendezvous"
+    rendezvous.unlink(missing_ok=True)
+    context = multiprocessing.get_context("fork")
+    others = [context.Process(target=unet_process, args=(options, pools, validation, rank, rendezvous), daemon=True)
+              for rank in range(1, options.processes)]
+    for process in others:
+        process.start()
+    unet_process(options, pools, validation, 0, rendezvous)
+    for process in others:
+        process.join()
+
+
+def unet_process(options, pools, validation, rank, rendezvous):
+    if options.processes > 1:
+        torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=options.processes)
+    model, mean, std, *_ = load_autoencoder(options.work)
+
+    def encode(pixels):
+        return (model.encode(pixels) - mean[:, None, None]) / std[:, None, None]
+
+    trainer = Trainer(encode, pools, validation, options.work, options.seed)
+    trainer.resume()
+    trainer.run(options.minutes)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("autoencoder", "unet", "export", "report"))
+    parser.add_argument("--assets", type=Path, help="folder with train_photos/, style/ and content/")
+    parser.add_argument("--drawings", type=Path, help="folder of PNG drawings, searched recursively")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")
+    parser.add_argument("--minutes", type=float, default=15.0, help="wall-clock budget of the stage")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=2, help="data-parallel processes of the unet stage")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=ROOT / "nodes" / "assets" / "mini.safetensors")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.stage == "autoencoder":
+        train_autoencoder(options)
+    elif options.stage == "unet":
+        train_unet(options)
+    elif options.stage == "export":
+        export.export(load_autoencoder(options.work), options.work / "unet.pt", options.output)
+    else:
+        evaluate.report(options.output, options.assets, options.work, ROOT / "docs" / "mini")
+
+
+if __name__ == "__main__":
+    main()
