@@ -1,0 +1,45 @@
+// Which picture a node's image input will get, as far as the browser can know before a run.
+import { api } from "../../scripts/api.js";
+
+const DEPTH = 20;
+
+/** Address of a file that ComfyUI serves. */
+export function viewUrl({ filename, subfolder = "", type = "input" }) {
+  return api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
+}
+
+/**
+ * The picture behind an input: {url, exact}, or null. `exact` is false where nodes lie between that may
+ * have changed its size.
+ */
+export function findSource(node, inputName) {
+  let exact = true;
+  let current = origin(node, node.inputs?.findIndex((input) => input.name === inputName) ?? -1);
+  for (let depth = 0; current && depth < DEPTH; depth++) {
+    const file = chosenFile(current);
+    if (file) return { url: viewUrl(file), exact };
+    if (current.imgs?.length && !current.isVirtualNode) return { url: current.imgs[0].src, exact };
+    if (!isReroute(current)) exact = false;
+    const next = (current.inputs ?? []).findIndex((input) => input.link != null && (isReroute(current) || input.type === "IMAGE"));
+    current = origin(current, next);
+  }
+  return null;
+}
+
+function origin(node, slot) {
+  if (slot < 0) return null;
+  const link = node.graph?.getLink?.(node.inputs[slot].link) ?? node.graph?.links?.[node.inputs[slot].link];
+  return link ? (node.graph.getNodeById(link.origin_id) ?? null) : null;
+}
+
+const isReroute = (node) => node.type === "Reroute" || node.isVirtualNode === true;
+
+/** The file of a Load Image or its relatives: their `image` widget, "folder/name.png [output]". */
+function chosenFile(node) {
+  if (!/^Load\w*Image/.test(node.type ?? "")) return null;
+  const value = node.widgets?.find((widget) => widget.name === "image")?.value;
+  if (typeof value !== "string" || !value) return null;
+  const [, path, type] = /^(.*?)(?: \[(input|output|temp)\])?$/s.exec(value);
+  const cut = path.lastIndexOf("/");
+  return { filename: path.slice(cut + 1), subfolder: path.slice(0, Math.max(0, cut)), type: type ?? "input" };
+}
