@@ -31,7 +31,7 @@ class HSpaceSlerp(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "t_edit", default=400, min=0, max=1000,
-                    tooltip="Injects while the timestep is at least this. 1000 never, 0 at every step.",
+                    tooltip="Inject while the timestep is at least this. 1000 never, 0 at every step.",
                 ),
                 io.Combo.Input(
                     "branch", options=list(BRANCHES), default="conditional",

@@ -22,7 +22,7 @@ class LoadUnconditional(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weight_dtype", options=list(DTYPES), default="default", optional=True, advanced=True,
-                    tooltip="default is single precision; half precision saves memory.",
+                    tooltip="Default is single precision; half precision saves memory.",
                 ),
                 io.Boolean.Input(
                     "clip_denoised", default=False, optional=True, advanced=True,

@@ -27,7 +27,8 @@ MINI_WORKFLOWS = [path for path in API_WORKFLOWS if path.stem.endswith("_mini")]
 # Makes a workflow small enough for a test: (class, input, value), where it is a plain value
 SMALL = [
     ("BasicScheduler", "steps", 4), ("KSampler", "steps", 4), ("KSamplerAdvanced", "steps", 4),
-    ("ImageScaleToMaxDimension", "largest_size", 128), ("PasticheTrainStyleLoRA", "steps", 3),
+    ("ImageScaleToMaxDimension", "largest_size", 128), ("ImageScale", "width", 128), ("ImageScale", "height", 128),
+    ("PasticheTrainStyleLoRA", "steps", 3),
 ]
 
 
