@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .fastsam import FastSAMPrompt, LoadFastSAM
+from .feature_injection import FeatureInjection
 from .features import CaptureFeatures, LoadFeatures, SaveFeatures
 from .host.fastsam import register_fastsam_folder
 from .host.feature_files import register_folder
@@ -13,6 +14,7 @@ from .multistyle import MultiStyleGuiderNode, StyleEntryNode
 from .pictures import FeaturePCA, StyleSimilarity
 from .styleid import LatentAdaIN, StyleInjection
 from .training import TrainStyleLoRA
+from .trajectory_blend import TrajectoryBlend
 from .unconditional import LoadUnconditional
 
 
@@ -37,6 +39,8 @@ class PasticheExtension(ComfyExtension):
             InjectFusionSampler,
             LoadUnconditional,
             TrainStyleLoRA,
+            FeatureInjection,
+            TrajectoryBlend,
             StyleEntryNode,
             MultiStyleGuiderNode,
             LoadFastSAM,

@@ -154,7 +154,8 @@ def woodcut(seed=3, size=SIZE):
     picture[border] = paper
     picture[np.abs(np.minimum(np.minimum(x, 1 - x), np.minimum(y, 1 - y)) - 0.024) < 0.003] = ink
     grain = smooth_noise(rng, side, 300) * 0.6 + np.repeat(rng.normal(0, 0.5, (side // 4, 1)), 4, 0)
-    return Image.fromarray(np.clip(picture + 7 * grain[..., None], 0, 255).astype(np.uint8)).resize((size, size), Image.LANCZOS)
+    sheet = Image.fromarray(np.clip(picture + 7 * grain[..., None], 0, 255).astype(np.uint8)).resize((size, size), Image.LANCZOS)
+    return sheet.quantize(64, dither=Image.Dither.NONE)
 
 
 # Leaded glass -------------------------------------------------------------------------------------
