@@ -133,7 +133,6 @@ class Server:
             "--use-pytorch-cross-attention", "--disable-auto-launch", *self._arguments,
         ]
         group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
-        # registered first, so that no signal can arrive between the start and the promise to end it
         atexit.register(self.stop)
         with open(self.log, "wb") as log:
             self._process = subprocess.Popen(
