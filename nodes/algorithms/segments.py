@@ -129,31 +129,33 @@ def select_points(
     positive: list[tuple[float, float]],
     negative: list[tuple[float, float]] = (),
     among: str = "best",
+    claimed: list[int] | None = None,
 ) -> tuple[list[int], list[int]]:
     """Objects under positive points, and objects to cut out of them.
 
     Each positive point takes, of the objects that hold it, the best-scored one ("best"), the
     "smallest", the "largest" or "all". Objects that hold a negative point are passed over, and cut
     out of the result unless a positive point lies in them; where nothing separates the two, the
-    negative point wins. Negative points alone keep every object that holds none of them.
-    Returns (chosen, removed), indices in the order of the points.
+    negative point wins. `claimed`: objects that other prompts chose, treated as if a positive point
+    lay in them. Negative points alone, without `claimed`, keep every object that holds none of them.
+    Returns (chosen, removed), claimed ones first, then in the order of the points.
     """
     held, barred = contains(segments, positive), contains(segments, negative)
     vetoed = barred.any(1)
-    if not len(positive):
+    if not len(positive) and claimed is None:
         return (~vetoed).nonzero()[:, 0].tolist(), vetoed.nonzero()[:, 0].tolist()
-    removed = vetoed & ~held.any(1)
+    wanted = held.any(1)
+    wanted[claimed or []] = True
+    removed = vetoed & ~wanted
     # a negative point inside an object is settled if some removed object takes that point out of it
     separable = ~(barred & ~barred[removed].any(0)).any(1)
-    chosen: list[int] = []
+    chosen = [number for number in claimed or [] if separable[number]]
     for column in held.T:
         pool = column & ~vetoed
         if not pool.any():
             pool = column & separable
-        for number in _among(segments, pool.nonzero()[:, 0], among).tolist():
-            if number not in chosen:
-                chosen.append(number)
-    return chosen, removed.nonzero()[:, 0].tolist()
+        chosen += _among(segments, pool.nonzero()[:, 0], among).tolist()
+    return list(dict.fromkeys(chosen)), removed.nonzero()[:, 0].tolist()
 
 
 def select_boxes(segments: Segments, boxes: list[tuple[float, float, float, float]]) -> list[int]:

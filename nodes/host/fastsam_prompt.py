@@ -110,7 +110,6 @@ def choose(segments: Segments, image: Tensor, number: int, prompt: Prompt, encod
         raise ValueError(f'mode is "{BOXES}", but none are given. Give some, or set mode to "{AUTO}".')
     used = [kind for kind in (POINTS, BOXES, TEXT) if given[kind] and prompt.mode in (AUTO, kind)]
     chosen: list[int] = []
-    removed: list[int] = []
     if BOXES in used:
         chosen += select_boxes(segments, boxes)
     if TEXT in used:
@@ -118,11 +117,9 @@ def choose(segments: Segments, image: Tensor, number: int, prompt: Prompt, encod
             raise ValueError("text needs a CLIP: connect clip_vision and clip of one CLIP, or choose a clip_folder.")
         chosen += choose_by_text(segments, image, list(prompt.phrases), encoder(), prompt.count)
     if POINTS in used:
-        under, removed = select_points(segments, list(points.positive), list(points.negative), prompt.among)
-        # beside boxes or text, negative points alone only take away
-        if points.positive or used == [POINTS]:
-            chosen += under
-    return [i for i in dict.fromkeys(chosen) if i not in removed], removed
+        claimed = None if used == [POINTS] else chosen
+        return select_points(segments, list(points.positive), list(points.negative), prompt.among, claimed)
+    return list(dict.fromkeys(chosen)), []
 
 
 def _any_prompt(prompt: Prompt) -> bool:

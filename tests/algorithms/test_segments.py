@@ -86,6 +86,14 @@ def test_negative_points_alone_keep_the_rest():
     assert select_points(rectangles(WHOLE, OTHER), [], [(4, 4)]) == ([1], [0])
 
 
+def test_negative_points_beside_claimed_objects():
+    segments = rectangles(WHOLE, PART, OTHER)
+    assert select_points(segments, [], [(14, 14)], claimed=[0]) == ([0], [1])
+    assert select_points(segments, [], [(28, 28)], claimed=[0, 2]) == ([2], [])
+    assert select_points(segments, [(44, 44)], [(14, 14)], claimed=[0]) == ([0, 2], [1])
+    assert select_points(segments, [], [(14, 14)], claimed=[]) == ([], [0, 1])
+
+
 def test_boxes_take_the_best_filled_object():
     segments = rectangles(WHOLE, PART, OTHER)
     assert select_boxes(segments, [(0, 0, 33, 31), (7, 9, 21, 20), (38, 38, 60, 60)]) == [0, 1, 2]
