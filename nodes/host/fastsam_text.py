@@ -103,7 +103,7 @@ class FolderEncoder:
         self.size = model.config.vision_config.image_size
         self.mean, self.deviation = _normalisation(path)
         self.patcher = comfy.model_patcher.ModelPatcher(
-            model.float().eval().requires_grad_(False),
+            torch.nn.Sequential(model.float().eval().requires_grad_(False)),  # CLIPModel's own `device` is read-only
             load_device=comfy.model_management.text_encoder_device(),
             offload_device=comfy.model_management.text_encoder_offload_device(),
         )
@@ -125,7 +125,7 @@ class FolderEncoder:
 
     def _loaded(self):
         comfy.model_management.load_models_gpu([self.patcher])
-        return self.patcher.model
+        return self.patcher.model[0]
 
 
 def list_clip_folders() -> list[str]:
