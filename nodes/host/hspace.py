@@ -32,6 +32,11 @@ class HSpaceInjection:
         self.gamma, self.t_edit, self.branch, self.schedule = gamma, t_edit, branch, schedule
         self.mask = mask
 
+    def install(self, model: Any) -> None:
+        """Adds the patch to `model` (a clone)."""
+        attach_banks(model, [(self.content, (H_SPACE,))], self.check)
+        model.set_model_patch(self, "middle_block_after_patch")
+
     def check(self, guider: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> None:
         """Refuses features and masks that do not fit the sampling about to start."""
         batch, contents = noise.shape[0], self.content.trajectory.batch
@@ -71,17 +76,19 @@ class HSpaceInjection:
         parts = list(h.chunk(len(chunks)))
         grid = h.shape[-2:]
         content = resize_features(feature, *grid)
+        mask = None
+        if self.mask is not None:
+            mask = run.memo(
+                (id(self), tuple(grid)), lambda: resize_mask(self.mask, *grid).unsqueeze(1).to(h.device)
+            )  # BHW -> B1hw
         for number, chosen in enumerate(chunks):
-            if not chosen:
-                continue
-            if self.mask is None:
-                parts[number] = slerp(parts[number], content, gamma)
-            else:
-                mask = run.memo(
-                    (id(self), tuple(grid)), lambda: resize_mask(self.mask, *grid).unsqueeze(1).to(h.device)
-                )  # BHW -> B1hw
-                parts[number] = masked_slerp(parts[number], content, gamma, mask)
+            if chosen:
+                parts[number] = self.mix(parts[number], content, gamma, mask)
         return {**args, "h": torch.cat(parts)}
+
+    def mix(self, h: torch.Tensor, content: torch.Tensor, gamma: float, mask: torch.Tensor | None) -> torch.Tensor:
+        """h~ of one condition's samples: h (B, C, h, w), content (B or 1, C, h, w), mask (B or 1, 1, h, w)."""
+        return slerp(h, content, gamma) if mask is None else masked_slerp(h, content, gamma, mask)
 
     def _chunks(self, options: dict) -> list[bool]:
         """Which chunks of the batch this node changes."""
@@ -117,9 +124,7 @@ def inject_content(
     patched = model.clone()
     if gamma == 0 or t_edit >= 1000 or (mask is not None and not bool(mask.any())):
         return patched
-    injection = HSpaceInjection(content, gamma, t_edit, branch, mask, schedule)
-    attach_banks(patched, [(content, (H_SPACE,))], injection.check)
-    patched.set_model_patch(injection, "middle_block_after_patch")
+    HSpaceInjection(content, gamma, t_edit, branch, mask, schedule).install(patched)
     return patched
 
 
