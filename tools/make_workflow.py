@@ -20,6 +20,9 @@ import tempfile
 from pathlib import Path
 
 from host import environment, graph
+from host.browser import Browser, BrowserError
+from host.comfy import Server, ServerError, make_base
+from host.frontend import Frontend
 
 THUMBNAIL = 512
 
@@ -38,10 +41,6 @@ def main(arguments: list[str]) -> int:
     if code is not None:
         return code
 
-    from host.browser import Browser
-    from host.comfy import Server, make_base
-    from host.frontend import Frontend
-
     with tempfile.TemporaryDirectory() as folder:
         base = make_base(Path(folder))
         prompts = {path: json.loads(path.read_text()) for path in options.api}
@@ -58,9 +57,12 @@ def main(arguments: list[str]) -> int:
     return int(failed)
 
 
-def convert(ui, path: Path, prompt: dict, options: argparse.Namespace) -> list[str]:
+def convert(ui: Frontend, path: Path, prompt: dict, options: argparse.Namespace) -> list[str]:
     """Writes one workflow and its thumbnail; returns what is wrong with it."""
-    ui.load_api(prompt, path.stem)
+    try:
+        ui.load_api(prompt, path.stem)
+    except ValueError as error:
+        return [str(error)]
     workflow = arrange(ui, prompt)
     if options.note:
         workflow = add_note(ui, workflow, options.note)
@@ -86,7 +88,7 @@ def convert(ui, path: Path, prompt: dict, options: argparse.Namespace) -> list[s
     return problems
 
 
-def arrange(ui, prompt: dict) -> dict:
+def arrange(ui: Frontend, prompt: dict) -> dict:
     """Gives the loaded nodes sizes and places them in columns; returns the UI format."""
     sizes = ui.page.evaluate(
         """() => Object.fromEntries(app.graph.nodes.map((node) => {
@@ -106,7 +108,7 @@ def arrange(ui, prompt: dict) -> dict:
     return ui.serialize()
 
 
-def add_note(ui, workflow: dict, text: str) -> dict:
+def add_note(ui: Frontend, workflow: dict, text: str) -> dict:
     left = min(node["pos"][0] for node in workflow["nodes"])
     top = min(node["pos"][1] for node in workflow["nodes"])
     height = 60 + 22 * (text.count("\n") + 1 + len(text) // 55)
@@ -127,5 +129,5 @@ def add_note(ui, workflow: dict, text: str) -> dict:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except environment.SetupError as error:
+    except (environment.SetupError, BrowserError, ServerError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -47,8 +47,12 @@ class Frontend:
         self._settle(len(workflow["nodes"]))
 
     def load_api(self, prompt: dict[str, Any], name: str = "workflow") -> None:
-        """Loads a graph in API format."""
+        """Loads a graph in API format. Raises ValueError for node types that the page does not know."""
         self._seen = len(self.page.console)
+        known = "(types) => types.filter((type) => !LiteGraph.registered_node_types[type])"
+        unknown = self.page.evaluate(known, sorted({node["class_type"] for node in prompt.values()}))
+        if unknown:
+            raise ValueError(f"unknown node types: {', '.join(unknown)}")
         self.page.evaluate("async (prompt, name) => { await app.loadApiJson(prompt, name); }", prompt, name)
         self._settle(len(prompt))
 
