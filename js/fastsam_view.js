@@ -46,6 +46,7 @@ export class PickerView {
     this.viewport.tabIndex = 0;
     this.viewport.title = HELP;
     this.viewport.dataset.captureWheel = "true"; // Nodes 2.0: the focused picker keeps the wheel
+    this.viewport.type = "textarea"; // the workflow's Ctrl+Z spares the focused element of this type: the picker has its own
     this.viewport.setAttribute("role", "application");
     this.viewport.setAttribute("aria-label", `Point and box picker. ${HELP}`);
     this.stage = html("div", "pastiche-picker-stage", this.viewport);
