@@ -10,6 +10,7 @@ from .host.feature_files import register_folder
 from .host.version import warn_if_too_old
 from .injectfusion import HSpaceSlerp, InjectFusionSampler
 from .inversion import DDIMInversion, InversionReport
+from .mini import LoadMini
 from .multistyle import MultiStyleGuiderNode, StyleEntryNode
 from .pictures import FeaturePCA, StyleSimilarity
 from .styleid import LatentAdaIN, StyleInjection
@@ -38,6 +39,7 @@ class PasticheExtension(ComfyExtension):
             HSpaceSlerp,
             InjectFusionSampler,
             LoadUnconditional,
+            LoadMini,
             TrainStyleLoRA,
             FeatureInjection,
             TrajectoryBlend,
