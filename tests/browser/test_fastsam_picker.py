@@ -295,6 +295,31 @@ def test_typed_text_is_shown(picker):
     assert picker.ui.widget(NODE, "points") == "[["
 
 
+@pytest.mark.parametrize(
+    "points, boxes",
+    [
+        ("", ""),
+        ('[{"x": 1, "y": 2}, {"x": 3, "y": 4, "label": 0}]', '[{"x": 1, "y": 2, "width": 3, "height": 4}]'),
+        ("[[1, 2], [3, 4, 0]]", "[[4, 6, 1, 2], [0, 0, 9, 9]]"),
+        ('{"positive": [[1, 2]], "negative": [{"x": 3, "y": 4}], "size": [100, 50]}', '{"boxes": [[1, 2, 4, 6]], "size": [100, 50]}'),
+        ("[[[1, 2], [5, 6]], [[3, 4]]]", '[{"x1": 1, "y1": 2, "x2": 4, "y2": 6}]'),
+        ('{"points": [[1, 2], [3, 4]], "labels": [1, 0]}', '[[{"startX": 4, "startY": 2, "endX": 1, "endY": 6}]]'),
+        ("[5, 6]", "[1, 2, 4, 6]"),
+    ],
+)
+def test_picker_reads_what_the_node_reads(ui, points, boxes):
+    from pastiche.nodes.algorithms.prompts import parse_boxes, parse_points
+
+    marks = ui.page.evaluate(
+        "async (p, b) => (await import('/extensions/pastiche/fastsam_marks.js')).parseMarks(p, b, [200, 200])", points, boxes
+    )
+    expected = parse_points(points).on(200, 200)
+    assert [(m["x"], m["y"]) for m in marks if m["kind"] == "positive"] == [tuple(p) for p in expected.positive]
+    assert [(m["x"], m["y"]) for m in marks if m["kind"] == "negative"] == [tuple(p) for p in expected.negative]
+    corners = [(m["x"], m["y"], m["x"] + m["width"], m["y"] + m["height"]) for m in marks if m["kind"] == "box"]
+    assert corners == [tuple(b) for b in parse_boxes(boxes).on(200, 200)]
+
+
 def test_high_dpi_and_resized_node(picker):
     width, height = picker.page.size
     small = picker.at(WIDTH, 0)[0] - picker.at(0, 0)[0]
