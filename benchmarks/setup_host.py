@@ -1,0 +1,62 @@
+"""Makes ComfyUI and the pack importable for the benchmarks: import this before torch, comfy or pastiche.
+
+ComfyUI is the folder named by COMFYUI_PATH, else .environment/ComfyUI. The pack is imported as `pastiche`.
+BENCHMARK_DEVICE=cuda uses the GPU; otherwise everything runs on the CPU.
+"""
+
+import os
+import platform
+import sys
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def prepare() -> None:
+    comfyui = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".environment" / "ComfyUI")
+    if not (comfyui / "comfy" / "sd.py").is_file():
+        raise SystemExit("Set COMFYUI_PATH to a ComfyUI folder, or run tools/test.py once.")
+    package = types.ModuleType("pastiche")
+    package.__path__ = [str(ROOT)]
+    sys.modules["pastiche"] = package
+    sys.path[:0] = [str(comfyui), str(ROOT / "tools" / "host" / "torchvision_fix"), str(ROOT / "tests")]
+    import torchvision_fix
+
+    torchvision_fix.install()
+    from comfy.cli_args import args
+
+    args.cpu = os.environ.get("BENCHMARK_DEVICE", "cpu") == "cpu"
+    args.use_pytorch_cross_attention = True
+
+
+def hardware() -> str:
+    """One line that names the machine."""
+    import torch
+
+    if torch.cuda.is_available() and os.environ.get("BENCHMARK_DEVICE") == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores}-core CPU ({platform.machine()}), torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def full_size_sd15(path: Path) -> None:
+    """Writes a U-Net of SD1.5's full size (860 M parameters) with random weights, fp32 safetensors (3.4 GB)."""
+    import safetensors.torch
+    import torch
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    network = UNetModel(
+        image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[2, 2, 2, 2],
+        channel_mult=[1, 2, 4, 4], transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_middle=1,
+        transformer_depth_output=[1] * 9 + [0] * 3, use_spatial_transformer=True, context_dim=768,
+        use_linear_in_transformer=False, num_heads=8, legacy=False, dtype=torch.float32,
+    )
+    from support.models import randomize
+
+    randomize(network)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file({k: v.contiguous() for k, v in network.state_dict().items()}, str(path))
+
+
+prepare()
