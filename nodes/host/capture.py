@@ -7,10 +7,10 @@ import shutil
 from typing import Any, Callable, Iterable
 
 import comfy.model_management
-import comfy.patcher_extension
 import psutil
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.patcher_extension import WrappersMP
 
 from ..sockets import FeatureBank, FeatureKey, Trajectory
 from .fingerprint import fingerprint, require_same_model
@@ -20,6 +20,7 @@ from .stores import FileStore, FileWriter, MemoryStore, Shapes, readable_size, t
 
 MEMORY = ("recompute", "ram", "vram", "disk")
 PRECISION = ("half", "full")
+WRAPPER_KEY = "pastiche"  # under which the pack's injections register their wrappers on a MODEL
 
 Emit = Callable[[FeatureKey, torch.Tensor], None]
 
@@ -106,6 +107,11 @@ def capture(
     the other modes is logged, and checked against what is free, before anything is computed.
     Raises ValueError for unknown streams, layers, another model, and too little memory.
     """
+    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY):
+        raise ValueError(
+            "model: it already carries an injection, which would be captured too. "
+            "Connect the model from before Style Injection, h-space Slerp or Feature Injection."
+        )
     require_same_model(fingerprint(model), trajectory.fingerprint, "The trajectory's latents")
     layout = inspect_model(model)
     keys = tuple(layout.keys(streams, layers))

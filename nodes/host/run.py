@@ -13,7 +13,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..sockets import FeatureBank, FeatureKey
-from .capture import add_capture, feature_shapes, record, storage_dtype
+from .capture import WRAPPER_KEY, add_capture, feature_shapes, record, storage_dtype
 from .inspection import inspect_model
 from .stores import MemoryStore, readable_size
 
@@ -179,8 +179,8 @@ def attach_banks(
             run.advance(float(timestep.flatten()[0]))
         return executor(x, timestep, model_options or {}, seed)
 
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "pastiche", outer_sample)
-    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "pastiche", predict_noise)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, outer_sample)
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, WRAPPER_KEY, predict_noise)
 
 
 def current_run(options: dict) -> SamplingRun | None:

@@ -326,6 +326,11 @@ def test_second_order_sampler_takes_the_nearest_step_and_says_so_once(scene, cap
     assert 1 <= caplog.text.count("using the nearest captured step") <= 2  # once for each bank
 
 
+def test_an_injected_model_is_not_captured(scene):
+    with pytest.raises(ValueError, match="already carries an injection"):
+        capture(scene.inject(), scene.trajectory, "self_attention", "6")
+
+
 def test_refusals_say_what_to_connect(scene):
     other = tiny_unet(seed=9)
     with pytest.raises(ValueError, match="made with another model"):
