@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
