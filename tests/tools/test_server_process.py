@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -69,6 +70,30 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a service of Linux")
+def test_the_server_dies_with_a_program_that_is_killed(tmp_path):
+    host = make_host(tmp_path, "import time; time.sleep(600)")
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT / 'tools')!r})
+from pathlib import Path
+from host.comfy import Server, make_base
+from host.environment import Host
+import threading, time
+server = Server(Host(Path({str(host.comfyui)!r}), Path(sys.executable), False), make_base(Path({str(tmp_path / 'base')!r})))
+threading.Thread(target=lambda: (time.sleep(1), print(server.pid, flush=True)), daemon=True).start()
+server.start()
+"""
+    program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pid = int(program.stdout.readline())
+    assert alive(pid)
+    program.kill()
+    program.wait()
+    deadline = time.monotonic() + 5
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(pid)
 
 
 def test_a_server_that_never_answers_is_given_up(tmp_path):

@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -98,6 +100,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _die_with_parent() -> None:
+    """In the child: Linux ends it when this program is killed and can clean up nothing. Elsewhere no such thing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 class Server:
     """A running ComfyUI on 127.0.0.1. Leaving the `with` block, Ctrl-C or exiting ends it and all its children."""
 
@@ -132,7 +140,10 @@ class Server:
             "--port", str(self.port), "--disable-api-nodes", "--database-url", "sqlite:///:memory:",
             "--use-pytorch-cross-attention", "--disable-auto-launch", *self._arguments,
         ]
-        group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+        if os.name == "nt":
+            group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        else:
+            group = {"start_new_session": True, "preexec_fn": _die_with_parent}
         atexit.register(self.stop)
         with open(self.log, "wb") as log:
             self._process = subprocess.Popen(
