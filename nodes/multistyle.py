@@ -30,7 +30,8 @@ class StyleEntryNode(io.ComfyNode):
                 ),
                 FeaturesSocket.Input(
                     "features", optional=True,
-                    tooltip="Or a style image's features (self_attention), injected into this style's rows as StyleID does.",
+                    tooltip="Or a style image's features (self_attention), injected as StyleID does. The style image must have the "
+                    "content's size.",
                 ),
                 io.Conditioning.Input("positive", optional=True, tooltip="This style's prompt; left out, the guider's."),
                 io.Mask.Input(
@@ -39,7 +40,7 @@ class StyleEntryNode(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=-4.0, max=4.0, step=0.05,
-                    tooltip="Strength of the LoRA (of the injection with features: 0..1).",
+                    tooltip="Strength of the LoRA. With features, 0..1: the style's share inside its mask.",
                 ),
                 io.Float.Input(
                     "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,

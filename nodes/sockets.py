@@ -132,7 +132,7 @@ class StyleEntry:
     features:     a style's FeatureBank with `self_attention` hidden states, injected as StyleID does.
     conditioning: this style's CONDITIONING; None takes the guider's positive.
     mask:         (B or 1, H, W) or (H, W) in [0, 1], any size, where the style acts; None is everywhere.
-    strength:     of the LoRA, or of the injection.
+    strength:     of the LoRA; with features, 0..1, what the mask is multiplied with.
     start_percent, end_percent: share of the schedule, 0..1, in which the style acts.
     temperature, layers: of the injection.
     """

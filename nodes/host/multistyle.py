@@ -16,6 +16,7 @@ from ..algorithms.diffstyler import mix_predictions, normalise_masks
 from ..algorithms.masks import resize_mask
 from ..sockets import StyleEntry
 from .lora_batch import BASE, BatchedStyles, lora_patches, style_patches
+from .style_rows import STYLE_ROWS, RowInjection
 
 CONDITIONAL, UNCONDITIONAL = 0, 1  # what cond_or_uncond tells patches
 
@@ -28,9 +29,13 @@ class MultiStyleGuider(comfy.samplers.CFGGuider):
     """
 
     def __init__(self, model: Any, styles: list[StyleEntry]):
-        super().__init__(model)
         self.styles = styles
         self.names = [style.name or f"style {number + 1}" for number, style in enumerate(styles)]
+        featured = {number: style for number, style in enumerate(styles) if style.features is not None}
+        if featured:
+            injection, model = RowInjection(model, featured, self.names), model.clone()
+            injection.install(model)
+        super().__init__(model)
         self._patches = [self._patches_of(style, name) for style, name in zip(styles, self.names)]
 
     def _patches_of(self, style: StyleEntry, name: str) -> dict:
@@ -76,11 +81,11 @@ class MultiStyleGuider(comfy.samplers.CFGGuider):
             del self._batch, self._masks, self._ranges
 
     def _mask(self, style: StyleEntry, noise: Tensor) -> Tensor:
-        """(B, H, W) on the latent grid, in [0, 1]."""
+        """(B, H, W) on the latent grid, in [0, 1]. A style of features has its strength here, a LoRA in its update."""
         batch, (height, width) = noise.shape[0], noise.shape[-2:]
-        if style.mask is None:
-            return torch.ones(batch, height, width)
-        return resize_mask(style.mask, height, width).clamp(0, 1).expand(batch, -1, -1)
+        mask = torch.ones(1, 1, 1) if style.mask is None else resize_mask(style.mask, height, width).clamp(0, 1)
+        strength = 1.0 if style.features is None else min(max(style.strength, 0.0), 1.0)
+        return (strength * mask).expand(batch, height, width)
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):
         sigma = float(timestep.flatten()[0])
@@ -134,9 +139,6 @@ class MultiStyleGuider(comfy.samplers.CFGGuider):
         outermost = {"pastiche_multistyle": [apply_model], **wrappers.get(WrappersMP.APPLY_MODEL, {})}
         options = {**options, "wrappers": {**wrappers, WrappersMP.APPLY_MODEL: outermost}}
         return {**model_options, "transformer_options": options}
-
-
-STYLE_ROWS = "pastiche_style_rows"  # in transformer_options: the style number of every batch row
 
 
 def _cond_name(number: int) -> str:

@@ -228,3 +228,46 @@ def test_other_patches_see_ordinary_rows():
     entries = [StyleEntry(lora=random_lora(model, 1), mask=masks(1)[0])]
     sample(multi_style_guider(patched, tiny_cond(model), tiny_cond(model, seed=2), 3.0, entries))
     assert all(set(rows) == {0, 1} for rows in seen) and seen
+
+
+def featured(model, size=(16, 8), steps=4, batch=1, seed=11, layers="6-11", memory="recompute"):
+    from pastiche.nodes.host.capture import capture
+    from pastiche.nodes.host.inversion import invert
+
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    latent = torch.randn(batch, 4, *size, generator=torch.Generator().manual_seed(seed))
+    _, trajectory = invert(model, {"samples": latent}, sigmas, tiny_cond(model), "next")
+    return capture(model, trajectory, "self_attention", layers, memory, "full")
+
+
+def test_features_are_a_style():
+    """One style of features everywhere is Style Injection without query preservation; beside a LoRA it keeps to its rows."""
+    from pastiche.nodes.host.style_injection import inject_style
+
+    model = tiny_unet()
+    bank, positive, negative = featured(model), tiny_cond(model), tiny_cond(model, seed=5)
+    alone = sample(plain(inject_style(model, bank, None, 0.0, 1.5, 1.0, "6-11", 0.0, 1.0, None), positive, negative, 3.0))
+    base = sample(plain(model, positive, negative, 3.0))
+    entry = StyleEntry(features=bank, layers="6-11")
+    ours = sample(multi_style_guider(model, positive, negative, 3.0, [entry]))
+    assert (alone - base).abs().max() > 1e-2 * base.abs().max()
+    assert (ours - alone).abs().max() < 1e-5 * alone.abs().max()
+    lora, both = random_lora(model, 1), torch.stack([torch.zeros(64, 32), torch.ones(64, 32)])
+    mixed = [StyleEntry(lora=lora, mask=1 - both), StyleEntry(features=bank, layers="6-11", mask=both)]
+    ours = sample(multi_style_guider(model, positive, negative, 3.0, mixed))
+    styled = sample(plain(merged(model, lora), positive, negative, 3.0))
+    torch.testing.assert_close(ours[0], styled[0], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(ours[1], alone[1], rtol=1e-4, atol=1e-3)
+    weak = StyleEntry(features=bank, layers="6-11", strength=0.0)
+    assert torch.equal(sample(multi_style_guider(model, positive, negative, 3.0, [weak])), base)
+
+
+def test_features_that_do_not_fit():
+    model = tiny_unet()
+    with pytest.raises(ValueError, match="holds no self_attention features of output 5"):
+        MultiStyleGuider(model, [StyleEntry(features=featured(model), layers="5-11")])
+    with pytest.raises(ValueError, match="features of style 1 were made with another model"):
+        MultiStyleGuider(tiny_unet(seed=2), [StyleEntry(features=featured(model), layers="6-11")])
+    wide = multi_style_guider(model, tiny_cond(model), [], 1.0, [StyleEntry(features=featured(model, (8, 8)), layers="6-11")])
+    with pytest.raises(ValueError, match="latent is 8x8, the sampled one 8x16"):
+        sample(wide)
