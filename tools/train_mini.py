@@ -91,7 +91,7 @@ def unet_process(options, pools, validation, rank, rendezvous):
     model, mean, std, *_ = load_autoencoder(options.work)
 
     def encode(pixels):
-        return (model.encode(pixels) - mean[:, None, None]) / std[:, None, None]
+        return autoencoder.LATENT_SCALE * (model.encode(pixels) - mean[:, None, None]) / std[:, None, None]
 
     trainer = Trainer(encode, pools, validation, options.work, options.seed)
     trainer.resume()

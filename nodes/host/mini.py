@@ -24,7 +24,10 @@ KINDS = ("empty", "photo", "painting", "drawing")
 
 
 class MiniLatentFormat(comfy.latent_formats.LatentFormat):
-    """Brings each of the 16 channels to mean 0 and deviation 1; both come with the weights."""
+    """Brings each of the 16 channels to mean 0 and the same deviation, 3; the numbers come with the weights.
+
+    SD's latents have deviation 1 for the same sigmas; docs/mini/REPORT.md tells why these have more.
+    """
 
     latent_channels = LATENT_CHANNELS
 

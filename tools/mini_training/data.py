@@ -88,12 +88,19 @@ def load_drawings(folder, limit, seed):
     return drawings
 
 
+def validation_photos(assets, seed=0):
+    """Paths of the photos of train_photos/ that are never trained on."""
+    photos = sorted((Path(assets) / "train_photos").glob("*.jpg"))
+    order = np.random.default_rng(seed).permutation(len(photos))
+    return [photos[i] for i in sorted(order[:VALIDATION_PHOTOS])]
+
+
 def load_pools(assets, drawings_folder, seed=0):
     """Dict kind -> Pool, and the list of validation photo paths."""
     assets = Path(assets)
     photos = sorted((assets / "train_photos").glob("*.jpg"))
     order = np.random.default_rng(seed).permutation(len(photos))
-    validation = [photos[i] for i in sorted(order[:VALIDATION_PHOTOS])]
+    validation = validation_photos(assets, seed)
     training = [photos[i] for i in sorted(order[VALIDATION_PHOTOS:])]
     styles = [p for p in sorted((assets / "style").glob("*.png")) if p.stem not in HELD_OUT_STYLES]
     pools = {

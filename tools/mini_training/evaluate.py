@@ -1,0 +1,130 @@
+"""Measures the exported file as the pack loads it, and writes docs/mini: numbers.json and pictures."""
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from .data import square, validation_photos
+
+
+def load_pack():
+    """The pack's own loader, imported as package `pastiche`."""
+    package = types.ModuleType("pastiche")
+    package.__path__ = [str(Path(__file__).resolve().parents[2])]
+    sys.modules.setdefault("pastiche", package)
+    from pastiche.nodes.host.mini import load_mini
+
+    return load_mini
+
+
+def psnr(a, b):
+    """Decibels for tensors in 0..1."""
+    return 10 * torch.log10(1 / (a - b).square().mean()).item()
+
+
+def ddim_sigmas(model, steps):
+    """Descending sigmas of ComfyUI's `simple` schedule, ending in 0."""
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(model.model.model_sampling, "simple", steps)
+
+
+def walk(model, x, sigmas, context, ahead):
+    """Euler steps x + (s' - s) eps along sigmas; eps at s' when `ahead` (inversion, scheme next), else at s."""
+    for s, following in zip(sigmas[:-1], sigmas[1:]):
+        at = (following if ahead else s).expand(len(x))
+        denoised = model.model.apply_model(x, at, c_crossattn=context.expand(len(x), -1, -1))
+        x = x + (following - s) * (x - denoised) / at.reshape(-1, 1, 1, 1)
+    return x
+
+
+@torch.no_grad()
+def round_trip(model, vae, context, images, steps):
+    """DDIM inversion (`next`) and reconstruction of images (B, H, W, 3): dB of each against the VAE's own
+    decode, std of the inverted latents at unit scale, decoded reconstructions."""
+    clean = model.model.process_latent_in(vae.encode(images))
+    sigmas = ddim_sigmas(model, steps)
+    inverted = walk(model, clean, sigmas.flip(0), context, ahead=True)
+    rebuilt = walk(model, inverted, sigmas, context, ahead=False)
+    ours, reference = (vae.decode(model.model.process_latent_out(z)) for z in (rebuilt, clean))
+    decibels = [psnr(a, b) for a, b in zip(ours, reference)]
+    return decibels, (inverted.std() / (1 + sigmas[0] ** 2).sqrt()).item(), ours
+
+
+def sheet(rows):
+    """Rows of IMAGE tensors (B, H, W, 3) in 0..1 -> one PIL image."""
+    picture = torch.cat([torch.cat(list(row), 1) for row in rows], 0)
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().numpy())
+
+
+def loss_curve(log, path, size=(760, 420)):
+    """Training and validation loss over images seen, drawn from unet_log.jsonl."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    seen = [e["images"] for e in entries]
+    series = {"training": ([e["train"] for e in entries], (150, 160, 180)), "validation (EMA)": ([e["validation"] for e in entries], (190, 60, 40))}
+    values = [v for v, _ in series.values()]
+    low = 0.02 * np.floor(min(map(min, values)) / 0.02)
+    high = low + 0.02 * np.ceil((np.percentile(np.concatenate(values), 90) - low) / 0.02)
+    width, height = size
+    left, top, right, bottom = 62, 24, width - 20, height - 46
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+
+    def place(x, y):
+        return left + (right - left) * x / max(seen), bottom - (bottom - top) * (min(y, high) - low) / (high - low)
+
+    for level in np.arange(low, high + 1e-9, (high - low) / 5):
+        y = place(0, level)[1]
+        draw.line((left, y, right, y), (225, 225, 225))
+        draw.text((14, y - 6), f"{level:.3f}", "black")
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x = place(share * max(seen), low)[0]
+        draw.text((x - 14, bottom + 8), f"{share * max(seen) / 1000:.1f}k", "black")
+    draw.text((left, bottom + 26), "images seen; mean squared error of the predicted noise", "black")
+    for i, (name, (losses, color)) in enumerate(series.items()):
+        draw.line([place(x, y) for x, y in zip(seen, losses)], color, 2, joint="curve")
+        draw.text((right - 130, top + 16 * i), name, color)
+    image.save(path)
+    return entries[-1]
+
+
+def images_at(paths, size):
+    """IMAGE (B, size, size, 3) in 0..1 of centre squares."""
+    return (torch.stack([square(p, size) for p in paths]).movedim(1, -1) + 1) / 2  # BCHW -> BHWC
+
+
+@torch.no_grad()
+def report(weights, assets, work, output, size=256):
+    load_mini = load_pack()
+    model, vae, kinds = load_mini(weights)
+    output.mkdir(parents=True, exist_ok=True)
+    last = loss_curve(work / "unet_log.jsonl", output / "loss.png")
+    contents = sorted((assets / "content").iterdir())
+    images = images_at(contents, size)
+    decoded = vae.decode(vae.encode(images))
+    held_out = images_at(validation_photos(assets)[::4], size)
+    numbers = {
+        "training": last,
+        "autoencoder_db": {p.stem: round(psnr(a, b), 1) for p, a, b in zip(contents, images, decoded)},
+        "autoencoder_db_validation": round(float(np.mean([psnr(a, b) for a, b in zip(held_out, vae.decode(vae.encode(held_out)))])), 1),
+    }
+    for name in ("empty", "photo"):
+        for steps in (20, 50):
+            decibels, std, rebuilt = round_trip(model, vae, kinds[name][0][0], images, steps)
+            numbers[f"round_trip_{name}_{steps}"] = {"mean": round(float(np.mean(decibels)), 1), "min": round(min(decibels), 1),
+                                                     "std": round(std, 3), "db": [round(d, 1) for d in decibels]}
+            print(name, steps, numbers[f"round_trip_{name}_{steps}"], flush=True)
+    shown = [i for i, p in enumerate(contents) if p.stem.startswith(("skimage", "seeding"))]
+    sheet([images[shown], decoded[shown], rebuilt[shown]]).save(output / "reconstruction.jpg", quality=90)
+    rows = []
+    sigmas = ddim_sigmas(model, 30)
+    for name in ("photo", "painting", "drawing"):
+        noise = torch.randn(4, 16, size // 8, size // 8, generator=torch.Generator().manual_seed(5))
+        rows.append(vae.decode(model.model.process_latent_out(walk(model, noise * sigmas[0], sigmas, kinds[name][0][0], ahead=False))))
+    sheet(rows).save(output / "samples.jpg", quality=90)
+    numbers["autoencoder_db_mean"] = round(float(np.mean(list(numbers["autoencoder_db"].values()))), 1)
+    (output / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")

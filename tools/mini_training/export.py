@@ -5,6 +5,7 @@ import os
 import torch
 from safetensors.torch import save_file
 
+from .autoencoder import LATENT_SCALE
 from .data import KINDS
 from .unet import CONFIG
 
@@ -15,12 +16,12 @@ LIMIT = 32_000_000  # bytes
 def export(parts, checkpoint, output):
     """parts: (autoencoder, mean, std, rgb, rgb_bias); checkpoint: the U-Net's, its EMA is taken.
 
-    Keys: unet.*, autoencoder.*, latent.{mean,std,rgb,rgb_bias}, context.<kind> (1, tokens, dim).
+    Scaled latents are (z - latent.mean) / latent.std. Keys: unet.*, autoencoder.*, latent.{mean,std,rgb,rgb_bias}, context.<kind> (1, tokens, dim).
     fp16 but for what the encoder and the latent scale need in full.
     """
     autoencoder, mean, std, rgb, rgb_bias = parts
     saved = torch.load(checkpoint, weights_only=True)
-    tensors = {"latent.mean": mean, "latent.std": std, "latent.rgb": rgb, "latent.rgb_bias": rgb_bias}
+    tensors = {"latent.mean": mean, "latent.std": std / LATENT_SCALE, "latent.rgb": rgb / LATENT_SCALE, "latent.rgb_bias": rgb_bias}
     for name, value in autoencoder.state_dict().items():
         tensors[f"autoencoder.{name}"] = value.half() if name.startswith("refine") else value
     for name, value in saved["average"].items():

@@ -46,7 +46,7 @@ class Denoiser(nn.Module):
         self.context = nn.Parameter(0.5 * torch.randn(kinds, TOKENS, config["context_dim"]))
 
     def forward(self, x, timesteps, kind):
-        """x (B, 16, h, w) scaled to unit marginal variance; timesteps (B) in 0..999; kind (B) index."""
+        """x (B, 16, h, w) sqrt(abar) z + sqrt(1 - abar) eps; timesteps (B) in 0..999; kind (B) index."""
         return self.unet(x, timesteps, self.context[kind])
 
 
