@@ -2,8 +2,9 @@
 
 from comfy_api.latest import io, ui
 
-from .host.lora_training import PRECISIONS, TrainingSettings, train_for_node
 from .algorithms.lora import TARGETS
+from .host.lora_training import PRECISIONS, TrainingSettings
+from .host.training_node import train_for_node
 
 CATEGORY = "pastiche/diffstyler"
 

@@ -36,7 +36,8 @@ def init_low_rank(in_features: int, out_features: int, rank: int, generator: tor
 
 def apply_low_rank(x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """(..., in) -> (..., out): scale * U (D x), computed in x's dtype."""
-    return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * scale
+    update = F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+    return update if scale == 1 else update * scale
 
 
 def select_targets(linear_names: Iterable[str], targets: str) -> list[str]:

@@ -5,7 +5,6 @@ Loading, offloading, other patches, conditioning and Cancel are ComfyUI's own; t
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,10 +20,8 @@ from torch import Tensor
 from ..algorithms.inversion import ddim_step
 from ..algorithms.training import loss_weight, output_gain, signal_to_noise, step_generator, weighted_error
 from .adapters import Adapters, checkpointed, differentiable, recast_in_backward
-from .fingerprint import fingerprint
-from .progress import NodeProgress
-from .training_data import TrainingImages, training_images
-from .training_state import TrainingState, state_path
+from .training_data import TrainingImages
+from .training_state import TrainingState
 
 INITIALISATION, PREVIEW = -1, -2  # steps of `step_generator` that are no training steps
 ACTIVATION_FACTOR = 4  # a training step's memory over an inference step's, for ComfyUI's estimate
@@ -69,44 +66,6 @@ class TrainedLoRA:
 
 Report = Callable[[int, float, Tensor | None], None]
 """(steps done, loss, preview latent (1, C, H, W) in model space or None)"""
-
-
-def train_for_node(
-    model: Any,
-    positive: list,
-    latents: dict | None,
-    image: Tensor | None,
-    vae: Any | None,
-    settings: TrainingSettings,
-    checkpoint: str = "",
-    node_id: str | None = None,
-) -> TrainedLoRA:
-    """Train Style LoRA: images from whatever is connected, progress under the node, the named training state."""
-    images = training_images(latents, image, vae, settings.flip)
-    state = TrainingState()
-    path = state_path(checkpoint)
-    if path is not None:
-        relevant = ("rank", "alpha", "learning_rate", "targets", "seed", "batch_size", "flip", "crop", "min_snr_gamma")
-        state = TrainingState(path, {
-            "model": "/".join(fingerprint(model)), "image": images.digest(), "positive": _conditioning_digest(positive),
-            **{name: getattr(settings, name) for name in relevant},
-        })
-    progress = NodeProgress(settings.steps, model, node_id)
-
-    def report(step: int, loss: float, preview: Tensor | None) -> None:
-        progress.update(step, f"step {step}/{settings.steps}, loss {loss:.4f}", preview)
-
-    trained = train_style_lora(model, images, positive, settings, report, state)
-    progress.say(trained.summary())
-    return trained
-
-
-def _conditioning_digest(positive: list) -> str:
-    content = hashlib.sha256()
-    for embedding, _ in positive:
-        if embedding is not None:
-            content.update(embedding.float().cpu().contiguous().numpy().tobytes())
-    return content.hexdigest()[:16]
 
 
 def train_style_lora(
@@ -211,7 +170,10 @@ class _TrainingLoop(comfy.samplers.Sampler):
                 logging.info("Pastiche: %s", note)
             else:
                 state.save(self._adapters, optimizer, scaler, force=True)
-        self.result = TrainedLoRA(self._adapters.state_dict(), list(state.losses), state.step, note)
+            losses = list(state.losses)
+            if len(losses) == 1:  # core's loss graph needs two points: the same draw after the step
+                losses.append(self._step(0, None))
+        self.result = TrainedLoRA(self._adapters.state_dict(), losses, state.step, note)
         return latent_image
 
     def _train(self, parameters: list, optimizer: Any, scaler: Any) -> str:
@@ -236,8 +198,6 @@ class _TrainingLoop(comfy.samplers.Sampler):
             due = settings.preview_every and state.step % settings.preview_every == 0
             self._report(state.step, loss, self._preview() if due else None)
             state.save(self._adapters, optimizer, scaler)
-        if len(state.losses) == 1:  # core's loss graph needs two points: the same draw after the step
-            state.losses.append(self._step(0, None))
         return ""
 
     def _step(self, step: int, scaler: Any) -> float:
