@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from pastiche.nodes.fastsam import FastSAMPrompt, LoadFastSAM
 from pastiche.nodes.host import fastsam
+from pastiche.nodes.host.fastsam_format import read_checkpoint
 from support import segmenters
 
 segmenters.require_ultralytics()
@@ -52,14 +53,10 @@ def test_demo_weights_are_small_and_go_through_the_ordinary_reader(model, tmp_pa
 
 def test_demo_weights_as_an_ultralytics_checkpoint(model, image, tmp_path, monkeypatch):
     """Saved as FastSAM's authors save theirs, the network loads from .pt and finds the same."""
-    network = model.network.patcher.model
-    network.model[-1].export = False
-    try:
-        import copy
-
-        segmenters.save_checkpoint(tmp_path / "FastSAM-s.pt", copy.deepcopy(network), train_args={"imgsz": 256})
-    finally:
-        network.model[-1].export = True
+    weights = read_checkpoint(str(fastsam.MINI_FILE))
+    network = segmenters.random_network(width=weights.width)
+    network.load_state_dict(weights.state)
+    segmenters.save_checkpoint(tmp_path / "FastSAM-s.pt", network, train_args={"imgsz": 256})
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "fastsam", ([str(tmp_path)], set(fastsam.EXTENSIONS)))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     (again,) = LoadFastSAM.execute("FastSAM-s.pt").args
