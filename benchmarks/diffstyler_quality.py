@@ -3,8 +3,9 @@
     python benchmarks/diffstyler_quality.py ASSETS [--steps 20] [--train 120] [--table FILE] [--sheet FILE]
 
 ASSETS holds content/, style/ (images that the mini model never saw) and metrics/. Loss: mean over draws of noise and
-timestep that training never used, the same for base and LoRA. Gram: distance to the style, lower is nearer. LPIPS:
-distance to the content's decode. All pictures start from the content's inverted noise.
+timestep that training never used, the same for base and LoRA. Gram: distance to the style, lower is nearer; first of
+pictures drawn from plain noise (mean of two seeds), then of pictures that start from the content's inverted noise.
+LPIPS: distance to the content's decode.
 """
 
 import argparse
@@ -22,7 +23,7 @@ sys.path.append(str(setup_host.ROOT / "tools"))
 from mini_training.data import HELD_OUT_STYLES, square
 from pastiche.nodes.host.capture import capture
 from pastiche.nodes.host.feature_injection import inject_features
-from pastiche.nodes.host.inversion import invert
+from pastiche.nodes.host.inversion import invert, walk_latent
 from pastiche.nodes.host.lora_training import TrainingSettings, train_style_lora
 from pastiche.nodes.host.mini import load_mini
 from pastiche.nodes.host.training_data import training_images
@@ -31,7 +32,21 @@ from support.sampling import sample, schedule
 CONTENTS = ("skimage_astronaut.png", "skimage_chelsea.png", "skimage_coffee.png", "skimage_rocket.png",
             "seeding_by_Clements_Engelhardt.jpg")
 VARIANTS = ("base", "LoRA", "LoRA + injection")
-PROBE = dict(steps=16, seed=987654321, learning_rate=1e-12, rank=1)  # a rate that changes nothing: losses of 16 fixed draws
+DRAWS, SEEDS = 24, (1, 2)
+
+
+def probe(model, latent, conditioning):
+    """Mean loss on eps over draws of noise and timestep that are always the same."""
+    generator = torch.Generator().manual_seed(987654321)
+    levels = model.get_model_object("model_sampling").sigmas
+    drawn = [(levels[int(torch.rand((), generator=generator) * len(levels))], torch.randn(latent.shape, generator=generator)) for _ in range(DRAWS)]
+
+    def walk(predict, x, report):
+        errors = [((predict(x + sigma * noise, sigma) - x) / sigma).square().mean() for sigma, noise in drawn]
+        return torch.full_like(x, float(sum(errors) / DRAWS))
+
+    out = walk_latent(model, latent, conditioning, torch.tensor([1.0, 0.0]), walk)
+    return float(model.model.process_latent_in(out).mean())
 
 
 def main():
@@ -40,6 +55,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
     parser.add_argument("--train", type=int, default=120, help="training steps")
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--crop", type=float, default=1.0)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--styles", type=int, default=5)
     parser.add_argument("--cfg", type=float, default=1.0)
@@ -59,14 +75,16 @@ def main():
             for path in (options.assets / "content" / content, options.assets / "style" / f"{style}.png")
         )
         data = training_images(None, style_image.movedim(1, -1), vae, False)  # BCHW -> BHWC
-        settings = TrainingSettings(steps=options.train, learning_rate=options.rate, crop=0.5)
-        clock = time.perf_counter()
+        settings = TrainingSettings(steps=options.train, learning_rate=options.rate, crop=options.crop)
         trained = train_style_lora(model, data, kinds["painting"], settings)
-        seconds = (time.perf_counter() - clock) / options.train
         lora = comfy.sd.load_lora_for_models(model, None, trained.lora, 1.0, 0)[0]
-        losses = [
-            sum(train_style_lora(m, data, kinds["painting"], TrainingSettings(**PROBE)).losses) / PROBE["steps"] for m in (model, lora)
-        ]
+        losses = [probe(m, data.mean[0], kinds["painting"]) for m in (model, lora)]
+        drawn = []
+        for m in (model, lora):
+            noises = (torch.randn(data.shape, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS)
+            starts = (model.model.process_latent_out(noise * float((1 + sigmas[0] ** 2) ** 0.5)) for noise in noises)
+            pictures = [decode(sample(m, start, sigmas, kinds["painting"])) for start in starts]
+            drawn.append((sum(metrics.gram_distance(x, style_image) for x in pictures) / len(SEEDS), pictures[0]))
         latent = {"samples": vae.encode(content_image.movedim(1, -1))}
         noise, trajectory = invert(model, latent, sigmas, kinds["empty"], "fixed_point", 3)
         features = capture(model, trajectory, "residual, self_attention_qk, cross_attention", "3-11", "ram")
@@ -78,20 +96,24 @@ def main():
                 sampled = inject_features(sampled, features, 0.6, 0.5, "auto", "auto", "auto")
             pictures.append(decode(sample(sampled, noise["samples"], sigmas, kinds["painting"], kinds["empty"], options.cfg)))
         values = [(metrics.gram_distance(x, style_image), metrics.lpips(x, target)) for x in pictures]
-        rows.append((style[:32], *losses, values, seconds))
-        sheet.append(torch.cat([content_image, style_image, *pictures], dim=3))
-        print(style[:32], "loss %.4f -> %.4f" % tuple(losses), " ".join(f"{g:.3f}/{p:.3f}" for g, p in values), f"{seconds:.2f} s/step", flush=True)
+        rows.append((style[:32], *losses, *(gram for gram, _ in drawn), values))
+        sheet.append(torch.cat([content_image, style_image, drawn[0][1], drawn[1][1], *pictures], dim=3))
+        print(style[:32], "loss %.4f -> %.4f, drawn %.3f -> %.3f" % rows[-1][1:5], " ".join(f"{g:.3f}/{p:.3f}" for g, p in values), flush=True)
     text = [
         f"# DiffStyler on {len(rows)} held-out styles, mini model, {options.size} px", "",
-        f"LoRA of one picture: rank 16, qkv, {options.train} steps, rate {options.rate:g}, crops of half to the whole; "
-        f"{options.steps} sampling steps from the content's inverted noise, cfg {options.cfg:g}. Loss on 16 draws that training "
-        f"never used; Gram distance to the style / LPIPS to the content's decode. {setup_host.hardware()}, "
+        f"LoRA of one picture: rank 16, qkv, {options.train} steps, rate {options.rate:g}, crop {options.crop:g}; "
+        f"{options.steps} sampling steps, cfg {options.cfg:g}. Loss: mean of {DRAWS} draws that training never used. Drawn: Gram "
+        f"distance to the style of pictures from plain noise, mean of {len(SEEDS)} seeds. Then from the content's inverted noise: "
+        f"Gram distance to the style / LPIPS to the content's decode. {setup_host.hardware()}, "
         f"{time.perf_counter() - started:.0f} s. Made by `benchmarks/diffstyler_quality.py`.", "",
-        "| style | loss, base | loss, LoRA | " + " | ".join(VARIANTS) + " |", "|---|---|---|" + "---|" * len(VARIANTS),
-        *(f"| {s} | {a:.4f} | {b:.4f} | " + " | ".join(f"{g:.3f} / {p:.3f}" for g, p in v) + " |" for s, a, b, v, _ in rows), "",
-        f"- the loss falls for {sum(b < a for _, a, b, _, _ in rows)} of {len(rows)} styles",
-        f"- the LoRA lowers Gram against the base for {sum(v[1][0] < v[0][0] for *_, v, _ in rows)} of {len(rows)}",
-        f"- injection keeps more of the content (LPIPS below the LoRA's alone) for {sum(v[2][1] < v[1][1] for *_, v, _ in rows)} of {len(rows)}",
+        "| style | loss, base | loss, LoRA | drawn, base | drawn, LoRA | " + " | ".join(VARIANTS) + " |",
+        "|---|---|---|---|---|" + "---|" * len(VARIANTS),
+        *(f"| {s} | {a:.4f} | {b:.4f} | {c:.3f} | {d:.3f} | " + " | ".join(f"{g:.3f} / {p:.3f}" for g, p in v) + " |"
+          for s, a, b, c, d, v in rows), "",
+        f"- the loss falls for {sum(row[2] < row[1] for row in rows)} of {len(rows)} styles",
+        f"- drawn from noise, the LoRA lowers Gram against the base for {sum(row[4] < row[3] for row in rows)} of {len(rows)}",
+        f"- from inverted noise, the LoRA lowers Gram for {sum(row[5][1][0] < row[5][0][0] for row in rows)} of {len(rows)}",
+        f"- injection keeps more of the content (LPIPS below the LoRA's alone) for {sum(row[5][2][1] < row[5][1][1] for row in rows)} of {len(rows)}",
     ]
     print("\n".join(text))
     if options.table:
