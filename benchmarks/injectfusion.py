@@ -1,6 +1,7 @@
 """InjectFusion on ten held-out pairs with the mini model: what gamma moves, and what each way of mixing h costs.
 
     python benchmarks/injectfusion.py ASSETS [--steps 20] [--size 256] [--pairs 10] [--table FILE] [--sheet FILE]
+        [--gammas 0.2 0.4 0.6 0.8 1.0] [--omegas 0 0.3]
 
 ASSETS holds content/, style/ (images that the mini model never saw) and metrics/. The painting is the original,
 the photo the content. Measured on the results, never on the injected tensors:
@@ -32,8 +33,7 @@ from pastiche.nodes.host.inversion import invert, reconstruct
 from pastiche.nodes.host.mini import load_mini
 from support.sampling import schedule
 
-GAMMAS = (0.2, 0.4, 0.6, 0.8, 1.0)
-OMEGA, T_EDIT, GAMMA = 0.3, 400, 0.6
+T_EDIT, GAMMA = 400, 0.6
 PROBES = (500, 700, 900)
 
 
@@ -72,7 +72,7 @@ class Bench:
 
     def inverted(self, images):
         latent = self.vae.encode(images.movedim(1, -1))  # BCHW -> BHWC
-        _, trajectory = invert(self.model, {"samples": latent}, self.sigmas, self.empty, "fixed_point", 3)
+        _, trajectory = invert(self.model, {"samples": latent}, self.sigmas, self.empty, "fixed_point", 2)
         return latent, trajectory
 
     def decode(self, latent):
@@ -125,6 +125,8 @@ def main():
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--table", type=Path)
     parser.add_argument("--sheet", type=Path)
+    parser.add_argument("--gammas", type=float, nargs="+", default=(0.2, 0.4, 0.6, 0.8, 1.0))
+    parser.add_argument("--omegas", type=float, nargs="+", default=(0.0, 0.3))
     options = parser.parse_args()
     started = time.perf_counter()
     bench = Bench(options.assets, options.pairs, options.steps, options.size)
@@ -145,7 +147,7 @@ def main():
     show = lambda name, values: f"| {name} | " + " | ".join(f"{value:.4f}" for value in values.mean(1).tolist()) + " |"
     lines = [heads, show("reconstruction", row(bench.reconstruction))]
     sweep = []
-    for gamma in GAMMAS:
+    for gamma in options.gammas:
         sweep.append(row(bench.injected(HSpaceInjection, gamma, 0.0)))
         lines.append(show(f"gamma {gamma}", sweep[-1]))
         print(lines[-1], flush=True)
@@ -162,7 +164,7 @@ def main():
         "",
         f"The difference rises with every step of gamma in {rising} of {options.pairs} pairs.",
     ]
-    for omega in (0.0, OMEGA):
+    for omega in options.omegas:
         ways = {"replacement": row(bench.injected(Replacement, GAMMA, omega)), "lerp": row(bench.injected(Lerp, GAMMA, omega)),
                 "slerp": row(bench.injected(HSpaceInjection, GAMMA, omega))}
         counts = [

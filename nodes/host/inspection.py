@@ -44,6 +44,8 @@ class UNetLayout:
         "auto" is the paper's 6-11 on a 12-block decoder, elsewhere the decoder's finest attention level.
         """
         known = getattr(self, kind)
+        if not known:
+            raise ValueError(f"streams: {self.family} has no {kind} blocks that can be captured; use h_space.")
         if layers.strip().lower() == "auto":
             return self._default_places(known)
         places = parse_layers(layers)

@@ -80,8 +80,9 @@ def test_attention_features_are_no_h_space(tmp_path, monkeypatch):
     model, _, _ = run(LoadUnconditional, folder="lsun")
     latent = {"samples": torch.zeros(1, 3, 16, 16)}
     _, trajectory = run(DDIMInversion, model=model, latent=latent, sigmas=schedule(model, 2, "simple"), scheme="next")
-    with pytest.raises(ValueError, match="(?i)unconditional"):
-        run(CaptureFeatures, model=model, trajectory=trajectory, streams="self_attention", layers="6-11")
+    for layers in ("6-11", "auto"):
+        with pytest.raises(ValueError, match="Unconditional DDPM has no attention blocks.*use h_space"):
+            run(CaptureFeatures, model=model, trajectory=trajectory, streams="self_attention", layers=layers)
 
 
 @pytest.mark.parametrize("name", ["injectfusion", "injectfusion_mini", "injectfusion_unconditional", "injectfusion_sweep_mini"])
