@@ -39,5 +39,6 @@ def export(parts, checkpoint, output):
     if size > LIMIT:
         temporary.unlink()
         raise ValueError(f"The file would have {size} bytes, the limit is {LIMIT}: make the network smaller.")
+    temporary.chmod(0o644)  # safetensors makes it private
     os.replace(temporary, output)
     print(f"{output}: {size / 1e6:.1f} MB, {metadata}")
