@@ -46,19 +46,21 @@ def test_same_graph_same_image(server):
 def test_cancel_ends_within_a_step_and_the_next_prompt_runs(server, class_type):
     prompt = small_prompt(workflow_by_name("styleid_mini"))
     # inputs that no other test uses, so that nothing comes from the cache
-    graph.set_input(prompt, "BasicScheduler", "steps", 60)
+    graph.set_input(prompt, "BasicScheduler", "steps", 40)
+    graph.set_input(prompt, "PasticheDDIMInversion", "scheme", "next")
     graph.set_input(prompt, "ImageScaleToMaxDimension", "largest_size", 96 + 8 * len(class_type) % 64)
-    running, reached = threading.Event(), {}
+    running, seen = threading.Event(), {"value": 0, "cancelled at": None}
 
     def watch(progress):
-        if prompt[progress.node]["class_type"] == class_type and progress.value >= 2 and not running.is_set():
-            reached["at"] = progress
-            running.set()
+        if prompt[progress.node]["class_type"] == class_type:
+            seen["value"] = progress.value
+            if progress.value >= 2:
+                running.set()
 
     def cancel():
-        if running.wait(120):
-            reached["time"] = time.monotonic()
+        if running.wait(300):
             server.interrupt()
+            seen["cancelled at"] = seen["value"]
 
     # from a thread: the answer to the request must not depend on the messages being read
     thread = threading.Thread(target=cancel, daemon=True)
@@ -66,8 +68,7 @@ def test_cancel_ends_within_a_step_and_the_next_prompt_runs(server, class_type):
     with pytest.raises(Interrupted, match=class_type):
         server.run(prompt, watch)
     thread.join(10)
-    assert reached["at"].value < reached["at"].maximum
-    assert time.monotonic() - reached["time"] < 5
+    assert seen["value"] <= seen["cancelled at"] + 2, "more than the step that ran was finished"
     assert server.run(small_prompt(workflow_by_name("styleid_mini"))).images
 
 
