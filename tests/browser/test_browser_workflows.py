@@ -31,7 +31,7 @@ def test_mini_workflow_runs_from_the_page(ui, artifacts, path):
     for class_type, name, value in SMALL:
         for node in graph.find(prompt, class_type):
             if not isinstance(prompt[node]["inputs"].get(name), list):
-                ui.set_widget(int(node), name, value)
+                ui.set_widget(node, name, value)
     result = ui.queue()
     assert ui.problems() == []
     ui.page.screenshot(artifacts / f"ran_{path.stem}.png")

@@ -21,7 +21,7 @@ from .comfy import Result, Server, ServerError
 _HARMLESS = ("favicon", "ComfyApp graph accessed before initialization")
 
 _FIND = """(which) => {
-    const node = app.graph.nodes.find((n) => n.id === which || n.title === which || n.type === which);
+    const node = app.graph.nodes.find((n) => String(n.id) === String(which) || n.title === which || n.type === which);
     if (!node) throw new Error(`no node ${which} among ${app.graph.nodes.map((n) => n.title).join(", ")}`);
     return node;
 }"""
