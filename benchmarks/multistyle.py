@@ -4,7 +4,7 @@ SD1.5's block positions with random weights; --full takes its real size. One pro
 sampling step are taken between the first and the last step of a run, so setup and the hooks' first weight
 computation do not count. Processor seconds do not depend on what else the machine does.
 
-    python benchmarks/multistyle.py --latent 8 16 32 [--full WORKFOLDER] [--table FILE]
+    python benchmarks/multistyle.py --latent 8 16 32 [--full WORKFOLDER | --width 128 --rank 6] [--table FILE]
 """
 
 import argparse
@@ -17,7 +17,7 @@ import comfy.hooks
 import comfy.samplers
 import comfy.sd
 import torch
-from support.models import load_real
+from support.models import load_real, tiny_unet
 
 from pastiche.nodes.host.multistyle import multi_style_guider
 from pastiche.nodes.sockets import StyleEntry
@@ -42,6 +42,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--full", type=Path, help="folder for a 3.4 GB random checkpoint of SD1.5's real size")
+    parser.add_argument("--width", type=int, default=320, help="base width of the U-Net; 320 is SD1.5's, at one resolution's depth")
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     if options.full:
@@ -50,7 +51,9 @@ def main():
             setup_host.full_size_sd15(path)
         model = comfy.sd.load_diffusion_model(str(path))
     else:
-        model = load_real("sd15")
+        model = load_real("sd15") if options.width == 320 else tiny_unet(
+            channels=options.width, channel_mult=(1, 2, 4, 4), context_dim=768, heads=8
+        )
     size = sum(parameter.numel() for parameter in model.model.parameters()) / 1e6
     generator = torch.Generator().manual_seed(0)
     prompts = [[[torch.randn(1, 77, 768, generator=generator), {}]] for _ in range(STYLES + 1)]
