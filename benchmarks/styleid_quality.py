@@ -44,7 +44,7 @@ class Pair:
 
     def prepare(self, image):
         latent = {"samples": self.vae.encode(image.movedim(1, -1))}  # BCHW -> BHWC
-        noise, trajectory = invert(self.model, latent, self.sigmas, self.empty, "fixed_point", 3)
+        noise, trajectory = invert(self.model, latent, self.sigmas, self.empty, "fixed_point", 1)
         return latent["samples"], noise, trajectory, capture(self.model, trajectory, "self_attention", "6-11", "ram")
 
     def decode(self, latent):

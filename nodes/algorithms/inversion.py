@@ -38,19 +38,27 @@ def step_current(predict: Predict, x: torch.Tensor, sigma: torch.Tensor, sigma_n
 
 
 def step_fixed_point(
-    predict: Predict, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, iterations: int
+    predict: Predict,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    sigma_next: torch.Tensor,
+    iterations: int,
+    rescale: torch.Tensor | float = 1.0,
 ) -> tuple:
     """Solves x' = x + (s' - s) eps(x', s'), whose solution the sampler's Euler step takes back to x exactly.
 
-    The first guess is `next` (eps at (x, s')), which `iterations` = 0 returns; each iteration moves only
-    where eps is evaluated, never the anchor x. A sample whose residual |x' - x - (s' - s) eps(x')| grows goes
-    back to its best iterate and stops; one whose residual reaches rounding stops where it is.
+    The first guess is `next`, which `iterations` = 0 returns: eps of the latent as it is with the entered
+    noise level's timestep. The network's own latent is z = c_in(s) x, and diffusers leaves z alone while t
+    moves on, so x comes to s' times `rescale` = c_in(s) / c_in(s') (1 for flow models). Each iteration moves
+    only where eps is evaluated, never the anchor x. A sample whose residual |x' - x - (s' - s) eps(x')| grows
+    goes back to its best iterate and stops; one whose residual reaches rounding stops where it is.
 
     Returns (x', denoised, diverged (B,) bool).
     """
     step = sigma_next - sigma
-    denoised = predict(x, sigma_next)
-    previous = candidate = x + step * noise_prediction(x, denoised, sigma_next)
+    moved = rescale * x
+    denoised = predict(moved, sigma_next)
+    previous = candidate = x + step * noise_prediction(moved, denoised, sigma_next)
     smallest = torch.full_like(sample_norm(x), float("inf"))
     rounding = CONVERGED * sample_norm(candidate)
     active = torch.ones_like(smallest, dtype=torch.bool)

@@ -111,7 +111,8 @@ def invert(
 
     def walk(predict: Predict, x: torch.Tensor, report: Callable) -> torch.Tensor:
         levels = path.to(x.device)
-        smallest = model.get_model_object("model_sampling").sigma_min.to(x)
+        sampling = model.get_model_object("model_sampling")
+        smallest = sampling.sigma_min.to(x)
         kept.append(x.float().cpu())
         for i in range(len(levels) - 1):
             sigma, sigma_next = levels[i], levels[i + 1]
@@ -119,7 +120,8 @@ def invert(
                 x, denoised = step_current(predict, x, torch.maximum(sigma, smallest), sigma_next)
             else:
                 x, denoised, diverged = step_fixed_point(
-                    predict, x, sigma, sigma_next, iterations if scheme == "fixed_point" else 0
+                    predict, x, sigma, sigma_next, iterations if scheme == "fixed_point" else 0,
+                    _input_scale(sampling, sigma) / _input_scale(sampling, sigma_next),
                 )
                 if bool(diverged.any()):
                     strays.append(i)
@@ -161,6 +163,11 @@ def reconstruct(model: Any, trajectory: Trajectory) -> torch.Tensor:
         return x
 
     return walk_latent(model, noise_latent(model, trajectory), trajectory.conditioning, levels, walk).float().cpu()
+
+
+def _input_scale(model_sampling: Any, sigma: torch.Tensor) -> torch.Tensor:
+    """c_in(sigma): what the model multiplies a latent with before its network sees it."""
+    return model_sampling.calculate_input(sigma, torch.ones_like(sigma))
 
 
 def _refine(model: Any, ascending: torch.Tensor, substeps: int) -> torch.Tensor:
