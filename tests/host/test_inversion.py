@@ -180,3 +180,32 @@ def test_families_without_a_prompt(family, prediction, caplog):
         _, trajectory = invert(model, {"samples": random_latent(9, 12)}, schedule(model, 2), None, "next")
     assert torch.isfinite(trajectory.latents).all()
     assert "empty prompt" in caplog.text
+
+
+def test_next_equals_diffusers_inverse_scheduler_on_the_same_network(positive):
+    """eps of the network's own latent z with the timestep it enters, over 20 steps, back in the papers' variables."""
+    diffusers = pytest.importorskip("diffusers")
+
+    def network(z, t):
+        return torch.sin(1.3 * z + t.view(-1, 1, 1, 1) / 300) + 0.2 * z.roll(1, -1)
+
+    model = tiny_unet().clone()
+    sampling = model.get_model_object("model_sampling")
+
+    def predict(apply_model, args):
+        x, sigma = args["input"], args["timestep"]
+        return x - sigma.view(-1, 1, 1, 1) * network(sampling.calculate_input(sigma, x), sampling.timestep(sigma).float())
+
+    model.set_model_unet_function_wrapper(predict)
+    scheduler = diffusers.DDIMInverseScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True
+    )
+    scheduler.set_timesteps(20)
+    sigmas = torch.cat([sampling.sigmas[scheduler.timesteps].flip(0), torch.zeros(1)])
+    latent = random_latent(6, 9)
+    _, trajectory = invert(model, {"samples": latent}, sigmas, positive, "next")
+    z = model.model.process_latent_in(latent)
+    for step, t in enumerate(scheduler.timesteps, 1):
+        z = scheduler.step(network(z, t.float().view(1)), t, z).prev_sample
+        ours = trajectory.latents[step] / (1 + trajectory.sigmas[step] ** 2).sqrt()
+        assert (ours - z).abs().max() <= 2e-5 * z.abs().max()
