@@ -4,9 +4,11 @@
         [--gammas 0.2 0.4 0.6 0.8 1.0] [--omegas 0 0.3]
 
 ASSETS holds content/, style/ (images that the mini model never saw) and metrics/. The painting is the original,
-the photo the content. Measured on the results, never on the injected tensors:
-  h to content, h to original: cosine between the h of the result and that of the two images, all three noised
-    with the same noise to three timesteps of 500 to 900. h keeps what is common to all images, so the difference counts.
+the photo the content.
+  h to content, h to original: cosine between the h that the decoder gets while sampling and the two images' own h
+    at that step, mean over the injecting steps.
+  way: how far the finished result's h has gone from the reconstruction's to the content's, in thousandths; all
+    three are noised with the same noise to the timesteps 50, 150 and 300, and nothing is injected.
   Gram: VGG16 Gram distance to the original's reconstruction (the paper's measure of kept appearance).
   statistics: distance of the latent's channel means and deviations to the reconstruction's, in its deviations.
 Lower is better in the last two.
@@ -27,14 +29,14 @@ from styleid_quality import CONTENTS, HELD_OUT_STYLES, square
 
 from pastiche.nodes.algorithms.slerp import lerp
 from pastiche.nodes.host.capture import add_capture, capture
-from pastiche.nodes.host.hspace import H_SPACE, HSpaceInjection
+from pastiche.nodes.host.hspace import H_SPACE, INJECT, HSpaceInjection
 from pastiche.nodes.host.injectfusion_sampler import injectfusion_sampler
 from pastiche.nodes.host.inversion import invert, reconstruct
 from pastiche.nodes.host.mini import load_mini
 from support.sampling import schedule
 
 T_EDIT, GAMMA = 400, 0.6
-PROBES = (500, 700, 900)
+PROBES = (50, 150, 300)
 
 
 class Lerp(HSpaceInjection):
@@ -65,9 +67,10 @@ class Bench:
         )
         self.content, trajectory = self.inverted(self.content_images)
         self.bank = capture(self.model, trajectory, "h_space", "auto", "ram", "full")
-        self.original, trajectory = self.inverted(self.original_images)
+        _, trajectory = self.inverted(self.original_images)
         self.noise = trajectory.latents[-1]
         self.noise = self.model.model.process_latent_out(self.noise)
+        self.original_bank = capture(self.model, trajectory, "h_space", "auto", "ram", "full")
         self.reconstruction = reconstruct(self.model, trajectory)
 
     def inverted(self, images):
@@ -79,12 +82,26 @@ class Bench:
         return self.vae.decode(latent).movedim(-1, 1).float().clamp(0, 1)  # BHWC -> BCHW
 
     def injected(self, kind, gamma: float, omega: float):
-        model = self.model.clone()
+        """(latent, cosines to the content and to the original, (2, B))."""
+        model, seen = self.model.clone(), []
         kind(self.bank, gamma, T_EDIT, "both", None, "constant").install(model)
-        return comfy.sample.sample_custom(
+
+        def note(args):
+            flags = args["transformer_options"].get(INJECT)
+            if flags and any(flags):
+                h = args["h"].chunk(len(flags))[flags.index(True)]
+                sigma = float(args["transformer_options"]["sigmas"][0])
+                step = int((self.bank.trajectory.sigmas - sigma).abs().argmin())
+                banks = (bank.store.read(H_SPACE, step, h.device) for bank in (self.bank, self.original_bank))
+                seen.append(torch.stack([cosine([h], [bank]) for bank in banks]))
+            return args
+
+        model.set_model_patch(note, "middle_block_after_patch")
+        latent = comfy.sample.sample_custom(
             model, torch.zeros_like(self.noise), 1.0, injectfusion_sampler(omega, 0, 0), self.sigmas, self.empty,
             self.empty, self.noise, disable_pbar=True, seed=0,
         )
+        return latent, torch.stack(seen).mean(0)
 
     def h_of(self, latent):
         """[(B, C, h, w)] of a clean latent at every probed timestep, always with the same noise."""
@@ -131,27 +148,31 @@ def main():
     started = time.perf_counter()
     bench = Bench(options.assets, options.pairs, options.steps, options.size)
     measure = Metrics(options.assets / "metrics")
-    target, h_content, h_original = bench.decode(bench.reconstruction), bench.h_of(bench.content), bench.h_of(bench.original)
+    target, h_start, h_content = bench.decode(bench.reconstruction), bench.h_of(bench.reconstruction), bench.h_of(bench.content)
     print(f"inverted in {time.perf_counter() - started:.0f} s", flush=True)
     sheet = [bench.original_images, bench.content_images]
 
-    def row(latent):
-        """Per-sample measures, (5, B): the last is the share of the way from the original's h to the content's."""
-        h, images = bench.h_of(latent), bench.decode(latent)
+    def row(latent, cosines):
+        """Per-sample measures, (5, B)."""
+        images = bench.decode(latent)
         sheet.append(images)
         gram = torch.tensor([measure.gram_distance(a[None], b[None]) for a, b in zip(images, target)])
-        near, far = cosine(h, h_content), cosine(h, h_original)
-        return torch.stack([near, far, near - far, gram, bench.statistics(latent)])
+        way = [
+            ((h - start) * (end - start)).flatten(1).sum(1) / (end - start).flatten(1).square().sum(1)
+            for h, start, end in zip(bench.h_of(latent), h_start, h_content)
+        ]
+        return torch.cat([cosines, torch.stack([1000 * torch.stack(way).mean(0), gram, bench.statistics(latent)])])
 
-    heads = "| | h to content | h to original | difference | Gram | statistics |\n|---|---|---|---|---|---|"
-    show = lambda name, values: f"| {name} | " + " | ".join(f"{value:.4f}" for value in values.mean(1).tolist()) + " |"
-    lines = [heads, show("reconstruction", row(bench.reconstruction))]
+    heads = "| | h to content | h to original | way | Gram | statistics |\n|---|---|---|---|---|---|"
+    show = lambda name, values: f"| {name} | " + " | ".join(f"{value:.5f}" for value in values.mean(1).tolist()) + " |"
+    lines = [heads]
     sweep = []
     for gamma in options.gammas:
-        sweep.append(row(bench.injected(HSpaceInjection, gamma, 0.0)))
+        sweep.append(row(*bench.injected(HSpaceInjection, gamma, 0.0)))
         lines.append(show(f"gamma {gamma}", sweep[-1]))
         print(lines[-1], flush=True)
-    rising = sum(bool((torch.stack([r[2, i] for r in sweep]).diff() > 0).all()) for i in range(options.pairs))
+    steps = torch.stack(sweep).diff(dim=0)  # (gammas - 1, 5, pairs)
+    nearer, farther, way = ((sign * steps[:, k] > 0).all(0).sum() for sign, k in ((1, 0), (-1, 1), (1, 2)))
     text = [
         f"# InjectFusion, mini model, {options.pairs} pairs, {options.size} px, {options.steps} steps",
         "",
@@ -162,11 +183,12 @@ def main():
         "",
         *lines,
         "",
-        f"The difference rises with every step of gamma in {rising} of {options.pairs} pairs.",
+        f"With every step of gamma: nearer to the content's h in {nearer}, farther from the original's in {farther}, "
+        f"the result's way longer in {way} of {options.pairs} pairs.",
     ]
     for omega in options.omegas:
-        ways = {"replacement": row(bench.injected(Replacement, GAMMA, omega)), "lerp": row(bench.injected(Lerp, GAMMA, omega)),
-                "slerp": row(bench.injected(HSpaceInjection, GAMMA, omega))}
+        ways = {"replacement": row(*bench.injected(Replacement, GAMMA, omega)), "lerp": row(*bench.injected(Lerp, GAMMA, omega)),
+                "slerp": row(*bench.injected(HSpaceInjection, GAMMA, omega))}
         counts = [
             f"{name} below {other} in {int((ways[name][k] < ways[other][k]).sum())} pairs ({what})"
             for what, k in (("Gram", 3), ("statistics", 4)) for name, other in (("slerp", "lerp"), ("slerp", "replacement"))
