@@ -4,9 +4,9 @@ import time
 import torch
 import torch.nn.functional as F
 
-# The U-Net sees every latent channel with this deviation. With SD1.x's sigmas (to 14.6) and deviation 1,
-# the last fifth of a DDIM inversion runs where almost nothing of the picture is left, and its Euler steps
-# shrink the noise there by a fifth: 30 dB after 50 steps. At 3 those steps still see the picture.
+# The U-Net sees every latent channel with this deviation. At 1 the last fifth of SD1.x's schedule (sigma 5 to
+# 14.6) holds almost nothing of the picture and costs an inversion 4 dB: 38.6 dB on the mean of four photos after
+# 50 steps of `next`, against 42.6 at 3.
 LATENT_SCALE = 3.0
 
 

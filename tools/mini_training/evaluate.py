@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from safetensors import safe_open
 
 from .data import square, validation_photos
 
@@ -33,12 +34,15 @@ def ddim_sigmas(model, steps):
     return comfy.samplers.calculate_sigmas(model.model.model_sampling, "simple", steps)
 
 
-def walk(model, x, sigmas, context, ahead):
-    """Euler steps x + (s' - s) eps along sigmas; eps at s' when `ahead` (inversion, scheme next), else at s."""
+def walk(model, x, sigmas, context, inverting):
+    """Euler steps x + (s' - s) eps along sigmas. Sampling takes eps(x, s); inverting (scheme `next`, as
+    diffusers has it) takes eps at s' of the network's own latent x / sqrt(1 + s^2) as it stands."""
     for s, following in zip(sigmas[:-1], sigmas[1:]):
-        at = (following if ahead else s).expand(len(x))
-        denoised = model.model.apply_model(x, at, c_crossattn=context.expand(len(x), -1, -1))
-        x = x + (following - s) * (x - denoised) / at.reshape(-1, 1, 1, 1)
+        at, seen = s, x
+        if inverting:
+            at, seen = following, x * ((1 + following ** 2) / (1 + s ** 2)).sqrt()
+        denoised = model.model.apply_model(seen, at.expand(len(x)), c_crossattn=context.expand(len(x), -1, -1))
+        x = x + (following - s) * (seen - denoised) / at
     return x
 
 
@@ -48,8 +52,8 @@ def round_trip(model, vae, context, images, steps):
     decode, std of the inverted latents at unit scale, decoded reconstructions."""
     clean = model.model.process_latent_in(vae.encode(images))
     sigmas = ddim_sigmas(model, steps)
-    inverted = walk(model, clean, sigmas.flip(0), context, ahead=True)
-    rebuilt = walk(model, inverted, sigmas, context, ahead=False)
+    inverted = walk(model, clean, sigmas.flip(0), context, inverting=True)
+    rebuilt = walk(model, inverted, sigmas, context, inverting=False)
     ours, reference = (vae.decode(model.model.process_latent_out(z)) for z in (rebuilt, clean))
     decibels = [psnr(a, b) for a, b in zip(ours, reference)]
     return decibels, (inverted.std() / (1 + sigmas[0] ** 2).sqrt()).item(), ours
@@ -61,9 +65,10 @@ def sheet(rows):
     return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().numpy())
 
 
-def loss_curve(log, path, size=(760, 420)):
-    """Training and validation loss over images seen, drawn from unet_log.jsonl."""
+def loss_curve(log, last_step, path, size=(760, 420)):
+    """Training and validation loss over images seen, drawn from unet_log.jsonl; returns the last entry drawn."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
+    entries = [entry for entry in entries if entry["step"] <= last_step]
     seen = [e["images"] for e in entries]
     series = {"training": ([e["train"] for e in entries], (150, 160, 180)), "validation (EMA)": ([e["validation"] for e in entries], (190, 60, 40))}
     values = [v for v, _ in series.values()]
@@ -102,7 +107,9 @@ def report(weights, assets, work, output, size=256):
     load_mini = load_pack()
     model, vae, kinds = load_mini(weights)
     output.mkdir(parents=True, exist_ok=True)
-    last = loss_curve(work / "unet_log.jsonl", output / "loss.png")
+    with safe_open(str(weights), framework="pt") as file:
+        steps = int(file.metadata()["steps"])
+    last = loss_curve(work / "unet_log.jsonl", steps, output / "loss.png")
     contents = sorted((assets / "content").iterdir())
     images = images_at(contents, size)
     decoded = vae.decode(vae.encode(images))
@@ -112,19 +119,18 @@ def report(weights, assets, work, output, size=256):
         "autoencoder_db": {p.stem: round(psnr(a, b), 1) for p, a, b in zip(contents, images, decoded)},
         "autoencoder_db_validation": round(float(np.mean([psnr(a, b) for a, b in zip(held_out, vae.decode(vae.encode(held_out)))])), 1),
     }
-    for name in ("empty", "photo"):
-        for steps in (20, 50):
-            decibels, std, rebuilt = round_trip(model, vae, kinds[name][0][0], images, steps)
-            numbers[f"round_trip_{name}_{steps}"] = {"mean": round(float(np.mean(decibels)), 1), "min": round(min(decibels), 1),
-                                                     "std": round(std, 3), "db": [round(d, 1) for d in decibels]}
-            print(name, steps, numbers[f"round_trip_{name}_{steps}"], flush=True)
-    shown = [i for i, p in enumerate(contents) if p.stem.startswith(("skimage", "seeding"))]
-    sheet([images[shown], decoded[shown], rebuilt[shown]]).save(output / "reconstruction.jpg", quality=90)
+    shown = [i for i, p in enumerate(contents) if p.stem in ("skimage_astronaut", "skimage_coffee", "skimage_rocket", "seeding_by_Clements_Engelhardt")]
+    for steps in (20, 50):
+        decibels, std, rebuilt = round_trip(model, vae, kinds["empty"][0][0], images[shown], steps)
+        numbers[f"round_trip_{steps}"] = {"db": {contents[i].stem: round(d, 1) for i, d in zip(shown, decibels)},
+                                          "mean": round(float(np.mean(decibels)), 1), "std_of_inverted": round(std, 3)}
+        print(steps, numbers[f"round_trip_{steps}"], flush=True)
+    sheet([images[shown], decoded[shown], rebuilt]).save(output / "reconstruction.jpg", quality=90)
     rows = []
     sigmas = ddim_sigmas(model, 30)
     for name in ("photo", "painting", "drawing"):
-        noise = torch.randn(4, 16, size // 8, size // 8, generator=torch.Generator().manual_seed(5))
-        rows.append(vae.decode(model.model.process_latent_out(walk(model, noise * sigmas[0], sigmas, kinds[name][0][0], ahead=False))))
+        noise = torch.randn(3, 16, size // 16, size // 16, generator=torch.Generator().manual_seed(5))
+        rows.append(vae.decode(model.model.process_latent_out(walk(model, noise * sigmas[0], sigmas, kinds[name][0][0], inverting=False))))
     sheet(rows).save(output / "samples.jpg", quality=90)
     numbers["autoencoder_db_mean"] = round(float(np.mean(list(numbers["autoencoder_db"].values()))), 1)
     (output / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
