@@ -121,6 +121,7 @@ def main():
         "Train Style LoRA, gradient checkpointing": lambda latent: ours(latent, True),
         "Train Style LoRA, all linear layers": lambda latent: ours(latent, targets="all"),
         "TrainLoraNode, its defaults (bf16, checkpointing)": lambda latent: core(latent, "bf16", True),
+        "TrainLoraNode, fp32, checkpointing (its default)": lambda latent: core(latent, "fp32", True),
         "TrainLoraNode, fp32, no checkpointing": lambda latent: core(latent, "fp32", False),
         "TrainLoraNode, fp32, no checkpointing, bypass": lambda latent: core(latent, "fp32", False, True),
     }
