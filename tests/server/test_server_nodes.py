@@ -16,7 +16,8 @@ def info(server):
 
 
 def test_pack_loads_without_a_complaint(server, info):
-    log = server.log.read_text()
+    # what was logged while starting: other tests of the session provoke errors, which ComfyUI logs with tracebacks
+    log = server.log.read_text().partition("To see the GUI go to")[0]
     assert "IMPORT FAILED" not in log and "Traceback" not in log
     assert re.search(r"[\d.]+ seconds:.*custom_nodes.pastiche", log)
     assert sorted(NODES) == sorted(name for name, node in info.items() if node["python_module"] == "custom_nodes.pastiche")
