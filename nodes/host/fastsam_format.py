@@ -17,6 +17,7 @@ import copy
 import math
 import os
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -107,7 +108,14 @@ class Record:
 def _named_records() -> list[tuple[type, str]]:
     names = [f"ultralytics.{module}.{name}" for name, modules in _ULTRALYTICS.items() for module in modules]
     names += [f"torch.nn.modules.{module}.{name}" for name, module in _TORCH.items()]
-    return [(type(name.rpartition(".")[2], (Record,), {}), name) for name in names + _PLAIN]
+    # ComfyUI allows NumPy's own scalars; two classes under one name would leave the choice to a set's order.
+    allowed = {_global_name(entry) for entry in torch.serialization.get_safe_globals()}
+    return [(type(name.rpartition(".")[2], (Record,), {}), name) for name in names + _PLAIN if name not in allowed]
+
+
+def _global_name(entry: Any) -> str:
+    """The name under which torch allows a global: given beside it, or its own."""
+    return entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
 
 
 @dataclass
