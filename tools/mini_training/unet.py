@@ -45,9 +45,9 @@ class Denoiser(nn.Module):
         self.unet = build(config, seed)
         self.context = nn.Parameter(0.5 * torch.randn(kinds, TOKENS, config["context_dim"]))
 
-    def forward(self, x, timesteps, kind):
+    def forward(self, x, timesteps, kind, transformer_options=None):
         """x (B, 16, h, w) sqrt(abar) z + sqrt(1 - abar) eps; timesteps (B) in 0..999; kind (B) index."""
-        return self.unet(x, timesteps, self.context[kind])
+        return self.unet(x, timesteps, self.context[kind], transformer_options=transformer_options or {})
 
 
 def alphas_cumprod():
