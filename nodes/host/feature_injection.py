@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Callable
+from typing import Any
 
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor
 
 from ..algorithms.diffstyler import blend_share, override_or_blend
 from ..sockets import FeatureBank, FeatureKey
+from .attention_slots import Attend, AttentionSlots, Slot
 from .fingerprint import fingerprint, require_same_model
 from .inspection import Place, inspect_model
 from .run import attach_banks, check_banks_schedule, current_run, current_sigma, rows_of
@@ -40,7 +40,7 @@ class FeatureInjection:
         self.feature_steps, self.attention_steps = feature_steps, attention_steps
         self.residual = set(residual)
         self.attention = {"attn1": set(self_attention), "attn2": set(cross_attention)}
-        self._slots: dict[tuple[str, tuple], Callable] = {}
+        self._slots = AttentionSlots()
 
     @property
     def changes(self) -> bool:
@@ -66,13 +66,8 @@ class FeatureInjection:
                 (ResBlock, self.residual_block), *patches.get("forward_timestep_embed_patch", [])
             ]
         for kind, places in self.attention.items():
-            taken = options.get("patches_replace", {}).get(kind, {})
-            for place in places:
-                for depth in range(depths[place]):
-                    slot = (*place, depth)
-                    replace = self.replacement(kind, slot, taken.get(slot))
-                    self._slots[kind, slot] = replace
-                    model.set_model_patch_replace(replace, kind, *slot)
+            slots = [(*place, depth) for place in places for depth in range(depths[place])]
+            self._slots.fill(model, kind, slots, lambda slot, attend, kind=kind: self.replacement(kind, slot, attend))
 
     def check(self, guider: Any, noise: Tensor, sigmas: Tensor) -> None:
         """Refuses features that do not fit the sampling about to start, and names blocks that another node took."""
@@ -92,19 +87,11 @@ class FeatureInjection:
                 f"content: features are of a {width}x{height} latent, the sampled one is "
                 f"{noise.shape[-1]}x{noise.shape[-2]}. Invert and sample the content at one size."
             )
-        self._warn_of_clashes(guider.model_options["transformer_options"])
+        options = guider.model_options["transformer_options"]
+        self._slots.warn_of_losses(options, "Feature Injection")
+        self._warn_of_clashes(options)
 
     def _warn_of_clashes(self, options: dict) -> None:
-        slots = options.get("patches_replace", {})
-        lost = sorted(
-            f"{kind} of {slot[0]} {slot[1]}" for (kind, slot), own in self._slots.items()
-            if not _reaches(slots.get(kind, {}).get(slot), own)
-        )
-        if lost:
-            logging.warning(
-                "Pastiche: a node after Feature Injection replaced %s, so nothing is injected there. "
-                "Put Feature Injection last: it hands its queries and keys on to the other's replacement.", ", ".join(lost),
-            )
         handlers = options.get("patches", {}).get("forward_timestep_embed_patch", [])
         others = [handler for kind, handler in handlers if issubclass(ResBlock, kind) and not _ours(handler)]
         if others and self.residual:
@@ -147,8 +134,8 @@ class FeatureInjection:
                 return handler(layer, x, emb, context, options, *rest)
         return layer(x, emb)
 
-    def replacement(self, kind: str, slot: tuple, inner: Callable | None) -> Callable:
-        """attn1/attn2 replacement: the content's queries and keys, the sample's values; `inner`, another's, attends."""
+    def replacement(self, kind: str, slot: Slot, attend: Attend) -> Attend:
+        """attn1/attn2 replacement: attends with the content's queries and keys and the sample's values."""
         streams = SELF if kind == "attn1" else CROSS
 
         def replace(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
@@ -157,14 +144,7 @@ class FeatureInjection:
                 share = self._share(run, options)
                 q = override_or_blend(q, self._fitting(streams[0], slot, options, q), share)
                 k = override_or_blend(k, self._fitting(streams[1], slot, options, k), share)
-            other = inner
-            if other is None and run is not None:  # a replacement of the whole block, which the slot of a depth hides
-                other = run.replaced_attention(kind, slot[:2])
-            if other is not None:
-                return other(q, k, v, options)
-            return optimized_attention(
-                q, k, v, options["n_heads"], attn_precision=options["attn_precision"], transformer_options=options
-            )
+            return attend(q, k, v, options)
 
         return replace
 
@@ -194,14 +174,6 @@ def _steps(share: float, steps: int) -> int:
 
 def _ours(handler: Any) -> bool:
     return isinstance(getattr(handler, "__self__", None), FeatureInjection)
-
-
-def _reaches(replacement: Any, own: Callable) -> bool:
-    """Whether a slot holds our replacement, or a function that chains to it (keeps it in its closure)."""
-    if replacement is own:
-        return True
-    cells = getattr(replacement, "__closure__", None) or ()
-    return any(callable(cell.cell_contents) and _reaches(cell.cell_contents, own) for cell in cells)
 
 
 def inject_features(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 
 from ..algorithms.masks import resize_mask
 from ..algorithms.styleid import blend, injected_query
 from ..sockets import FeatureBank, FeatureKey
+from .attention_slots import Attend, AttentionSlots, Slot
 from .fingerprint import fingerprint, require_same_model
 from .inspection import Place, attention_block, inspect_model
 from .run import attach_banks, check_banks_schedule, current_run, current_sigma, rows_of
@@ -42,6 +42,7 @@ class StyleInjection:
         self.mask = mask
         self.sigma_high, self.sigma_low = sigmas
         self.projected = not style.keys_of("self_attention")
+        self._slots = AttentionSlots()
 
     @property
     def blends(self) -> bool:
@@ -62,11 +63,8 @@ class StyleInjection:
             if self.blends:
                 model.set_model_attn1_output_patch(self.attn1_output_patch)
             return
-        taken = model.model_options["transformer_options"].get("patches_replace", {}).get("attn1", {})
-        for place in self.places:
-            for depth in range(depths[place]):
-                inner = taken.get((*place, depth), taken.get(place))
-                model.set_model_attn1_replace(self.attn1_replace(inner), *place, depth)
+        slots = [(*place, depth) for place in self.places for depth in range(depths[place])]
+        self._slots.fill(model, "attn1", slots, self.attn1_replace)
 
     def check(self, guider: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> None:
         """Refuses features that do not fit the sampling about to start."""
@@ -88,6 +86,7 @@ class StyleInjection:
             )
         if self.mask is not None and self.mask.shape[0] not in (1, batch):
             raise ValueError(f"mask: {self.mask.shape[0]} masks for {batch} samples; connect one mask or {batch}.")
+        self._slots.warn_of_losses(guider.model_options["transformer_options"], "Style Injection")
 
     def _run(self, options: dict):
         """The sampling run if this layer and step are to be changed, else None."""
@@ -135,15 +134,8 @@ class StyleInjection:
             unpatched = attn1.to_out(replaced(attn1.to_q(n), attn1.to_k(context), attn1.to_v(value), options))
         return blend(unpatched, out, self._weight(out, options))
 
-    def attn1_replace(self, inner: Any):
-        """Replaces projected q, k, v (rows, T, C), then lets `inner`, another node's replacement, attend."""
-
-        def attend(q, k, v, options):
-            if inner is not None:
-                return inner(q, k, v, options)
-            return optimized_attention(
-                q, k, v, options["n_heads"], attn_precision=options["attn_precision"], transformer_options=options
-            )
+    def attn1_replace(self, slot: Slot, attend: Attend) -> Attend:
+        """Replaces projected q, k, v (rows, T, C) before `attend`."""
 
         def replace(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) -> torch.Tensor:
             run = self._run(options)

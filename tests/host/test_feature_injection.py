@@ -142,7 +142,7 @@ def test_override_of_queries_and_keys_is_override_of_maps_in_float64():
 
     def ours(kind):
         injection = Injection(kept[kind])
-        return injection.replacement(kind, ("output", 3, 0), None)
+        return injection.replacement(kind, ("output", 3, 0), attend)
 
     from pastiche.nodes.host import feature_injection
 

@@ -268,6 +268,27 @@ def test_other_patches_are_chained(scene):
         assert close(halved, source.sample(source.inject(strength=0.5)))
 
 
+def test_a_later_replacement_is_named(caplog):
+    """After this node another's replacement wins, and the log says where; one for a whole block is chained."""
+    explicit = Scene(streams="self_attention_qkv", memory="ram")
+    expected, seen = explicit.sample(explicit.inject()), []
+
+    def replace(q, k, v, options):
+        from comfy.ldm.modules.attention import optimized_attention
+
+        seen.append(options["block"])
+        return optimized_attention(q, k, v, options["n_heads"], transformer_options=options)
+
+    for slot, lost in ((("output", 7, 0), True), (("output", 7), False)):
+        patched = explicit.inject()
+        patched.set_model_attn1_replace(replace, *slot)
+        caplog.clear(), seen.clear()
+        with caplog.at_level(logging.WARNING):
+            result = explicit.sample(patched)
+        assert ("after Style Injection replaced attn1 of output 7, so nothing" in caplog.text) is lost
+        assert close(result, expected) is not lost and set(seen) == {("output", 7)}
+
+
 def test_two_styles_on_one_model_take_their_own_masks(scene):
     left, right = torch.zeros(1, 8, 8), torch.zeros(1, 8, 8)
     left[..., :4], right[..., 4:] = 1, 1
