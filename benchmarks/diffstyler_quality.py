@@ -9,7 +9,6 @@ LPIPS: distance to the content's decode.
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -17,20 +16,15 @@ import setup_host  # noqa: F401  (before torch and comfy)
 import comfy.sd
 import torch
 from metrics import Metrics
-from PIL import Image
-
-sys.path.append(str(setup_host.ROOT / "tools"))
-from mini_training.data import HELD_OUT_STYLES, square
 from pastiche.nodes.host.capture import capture
 from pastiche.nodes.host.feature_injection import inject_features
 from pastiche.nodes.host.inversion import invert, walk_latent
 from pastiche.nodes.host.lora_training import TrainingSettings, train_style_lora
 from pastiche.nodes.host.mini import load_mini
 from pastiche.nodes.host.training_data import training_images
+from report import HELD_OUT_STYLES, add_outputs, pictures, publish, save_sheet
 from support.sampling import sample, schedule
 
-CONTENTS = ("skimage_astronaut.png", "skimage_chelsea.png", "skimage_coffee.png", "skimage_rocket.png",
-            "seeding_by_Clements_Engelhardt.jpg")
 VARIANTS = ("base", "LoRA", "LoRA + injection")
 DRAWS, SEEDS = 24, (1, 2)
 
@@ -58,9 +52,9 @@ def main():
     parser.add_argument("--crop", type=float, default=1.0)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--styles", type=int, default=5)
+    parser.add_argument("--tune", action="store_true", help="the other five held-out styles: choose settings on these")
     parser.add_argument("--cfg", type=float, default=1.0)
-    parser.add_argument("--table", type=Path)
-    parser.add_argument("--sheet", type=Path)
+    add_outputs(parser, sheet=True)
     options = parser.parse_args()
     metrics = Metrics(options.assets / "metrics")
     model, vae, kinds = load_mini()
@@ -69,11 +63,9 @@ def main():
     def decode(latent):
         return vae.decode(latent).movedim(-1, 1).float().clamp(0, 1)  # BHWC -> BCHW
 
-    for content, style in list(zip(CONTENTS, HELD_OUT_STYLES))[: options.styles]:
-        content_image, style_image = (
-            square(path, options.size)[None] / 2 + 0.5
-            for path in (options.assets / "content" / content, options.assets / "style" / f"{style}.png")
-        )
+    names = HELD_OUT_STYLES[5:] if options.tune else HELD_OUT_STYLES[: options.styles]
+    for style, *images in zip(names, *pictures(options.assets, options.size, len(names), names)):
+        content_image, style_image = (image[None] for image in images)
         data = training_images(None, style_image.movedim(1, -1), vae, False)  # BCHW -> BHWC
         settings = TrainingSettings(steps=options.train, learning_rate=options.rate, crop=options.crop)
         trained = train_style_lora(model, data, kinds["painting"], settings)
@@ -115,12 +107,8 @@ def main():
         f"- from inverted noise, the LoRA lowers Gram for {sum(row[5][1][0] < row[5][0][0] for row in rows)} of {len(rows)}",
         f"- injection keeps more of the content (LPIPS below the LoRA's alone) for {sum(row[5][2][1] < row[5][1][1] for row in rows)} of {len(rows)}",
     ]
-    print("\n".join(text))
-    if options.table:
-        options.table.write_text("\n".join(text) + "\n")
-    if options.sheet:
-        pixels = (torch.cat(sheet, dim=2)[0].movedim(0, -1) * 255).round().to(torch.uint8).numpy()  # CHW -> HWC
-        Image.fromarray(pixels).save(options.sheet, quality=85)
+    publish(text, options.table)
+    save_sheet(sheet, options.sheet)
 
 
 if __name__ == "__main__":

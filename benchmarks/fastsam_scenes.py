@@ -1,9 +1,9 @@
 """How well prompts find objects: 50 drawn scenes with known masks that the demo model was not trained on.
 
-    python benchmarks/fastsam_scenes.py [--model NAME] [--scenes 50] [--write]
+    python benchmarks/fastsam_scenes.py [--model NAME] [--scenes 50] [--table FILE]
 
 The model comes through Load FastSAM's own loader ("pastiche mini (demo)" by default), prompts through
-FastSAM Prompt's own code. --write replaces benchmarks/results/fastsam_scenes.md.
+FastSAM Prompt's own code.
 """
 
 import argparse
@@ -14,26 +14,22 @@ import torch
 from pastiche.nodes.algorithms.prompts import parse_boxes, parse_points
 from pastiche.nodes.host.fastsam import MINI, load_fastsam
 from pastiche.nodes.host.fastsam_prompt import Finish, Prompt, prompt_masks
+from report import add_outputs, publish
 from support import segmenters
 
 FIRST = 100  # after the seeds that tests use
 SIZES = [(256, 256), (300, 400), (480, 320), (512, 512)]  # height, width
 GOOD = 0.7
 
-RESULT = setup_host.ROOT / "benchmarks" / "results" / "fastsam_scenes.md"
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=MINI)
     parser.add_argument("--scenes", type=int, default=50)
-    parser.add_argument("--write", action="store_true")
+    add_outputs(parser)
     options = parser.parse_args()
     table = report(measure(options.model, options.scenes), options)
-    print(table)
-    if options.write:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(table)
+    publish(table.splitlines(), options.table)
 
 
 def measure(model: str, count: int) -> dict[str, list[float]]:

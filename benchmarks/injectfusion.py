@@ -7,8 +7,8 @@ ASSETS holds content/, style/ (images that the mini model never saw) and metrics
 the photo the content.
   h to content, h to original: cosine between the h that the decoder gets while sampling and the two images' own h
     at that step, mean over the injecting steps.
-  way: how far the finished result's h has gone from the reconstruction's to the content's, in thousandths; all
-    three are noised with the same noise to the timesteps 50, 150 and 300, and nothing is injected.
+  result to content, result to original: cosine between the finished result's own h and the content's, the
+    reconstruction's; all three are noised with the same noise to the timesteps 50, 150 and 300, nothing is injected.
   Gram: VGG16 Gram distance to the original's reconstruction (the paper's measure of kept appearance).
   statistics: distance of the latent's channel means and deviations to the reconstruction's, in its deviations.
 Lower is better in the last two.
@@ -24,8 +24,7 @@ import comfy.samplers
 import comfy.sampler_helpers
 import torch
 from metrics import Metrics
-from PIL import Image
-from styleid_quality import CONTENTS, HELD_OUT_STYLES, square
+from report import add_outputs, pictures, publish, save_sheet
 
 from pastiche.nodes.algorithms.slerp import lerp
 from pastiche.nodes.host.capture import add_capture, capture
@@ -59,12 +58,7 @@ class Bench:
     def __init__(self, assets: Path, pairs: int, steps: int, size: int):
         self.model, self.vae, kinds = load_mini()
         self.empty, self.sigmas = kinds["empty"], schedule(self.model, steps)
-        contents = [assets / "content" / name for name in CONTENTS[:pairs]]
-        originals = [assets / "style" / f"{name}.png" for name in HELD_OUT_STYLES]
-        originals = [originals[i % len(originals)] for i in range(pairs)]
-        self.content_images, self.original_images = (
-            torch.stack([square(path, size) for path in paths]) / 2 + 0.5 for paths in (contents, originals)
-        )
+        self.content_images, self.original_images = pictures(assets, size, pairs)
         self.content, trajectory = self.inverted(self.content_images)
         self.bank = capture(self.model, trajectory, "h_space", "auto", "ram", "full")
         _, trajectory = self.inverted(self.original_images)
@@ -140,8 +134,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--table", type=Path)
-    parser.add_argument("--sheet", type=Path)
+    add_outputs(parser, sheet=True)
     parser.add_argument("--gammas", type=float, nargs="+", default=(0.2, 0.4, 0.6, 0.8, 1.0))
     parser.add_argument("--omegas", type=float, nargs="+", default=(0.0, 0.3))
     options = parser.parse_args()
@@ -153,17 +146,14 @@ def main():
     sheet = [bench.original_images, bench.content_images]
 
     def row(latent, cosines):
-        """Per-sample measures, (5, B)."""
+        """Per-sample measures, (6, B)."""
         images = bench.decode(latent)
         sheet.append(images)
         gram = torch.tensor([measure.gram_distance(a[None], b[None]) for a, b in zip(images, target)])
-        way = [
-            ((h - start) * (end - start)).flatten(1).sum(1) / (end - start).flatten(1).square().sum(1)
-            for h, start, end in zip(bench.h_of(latent), h_start, h_content)
-        ]
-        return torch.cat([cosines, torch.stack([1000 * torch.stack(way).mean(0), gram, bench.statistics(latent)])])
+        own = bench.h_of(latent)
+        return torch.cat([cosines, torch.stack([cosine(own, h_content), cosine(own, h_start), gram, bench.statistics(latent)])])
 
-    heads = "| | h to content | h to original | way | Gram | statistics |\n|---|---|---|---|---|---|"
+    heads = "| | h to content | h to original | result to content | result to original | Gram | statistics |\n" + "|---" * 7 + "|"
     show = lambda name, values: f"| {name} | " + " | ".join(f"{value:.5f}" for value in values.mean(1).tolist()) + " |"
     lines = [heads]
     sweep = []
@@ -171,8 +161,8 @@ def main():
         sweep.append(row(*bench.injected(HSpaceInjection, gamma, 0.0)))
         lines.append(show(f"gamma {gamma}", sweep[-1]))
         print(lines[-1], flush=True)
-    steps = torch.stack(sweep).diff(dim=0)  # (gammas - 1, 5, pairs)
-    nearer, farther, way = ((sign * steps[:, k] > 0).all(0).sum() for sign, k in ((1, 0), (-1, 1), (1, 2)))
+    steps = torch.stack(sweep).diff(dim=0)  # (gammas - 1, measures, pairs)
+    always = [int((sign * steps[:, k] > 0).all(0).sum()) for k, sign in enumerate((1, -1, 1, -1))]
     text = [
         f"# InjectFusion, mini model, {options.pairs} pairs, {options.size} px, {options.steps} steps",
         "",
@@ -183,26 +173,22 @@ def main():
         "",
         *lines,
         "",
-        f"With every step of gamma: nearer to the content's h in {nearer}, farther from the original's in {farther}, "
-        f"the result's way longer in {way} of {options.pairs} pairs.",
+        f"With every step of gamma, h nearer to the content's in {always[0]} pairs and farther from the original's in "
+        f"{always[1]}; the result's own h nearer to the content's in {always[2]}, farther from the original's in {always[3]}.",
     ]
     for omega in options.omegas:
         ways = {"replacement": row(*bench.injected(Replacement, GAMMA, omega)), "lerp": row(*bench.injected(Lerp, GAMMA, omega)),
                 "slerp": row(*bench.injected(HSpaceInjection, GAMMA, omega))}
         counts = [
             f"{name} below {other} in {int((ways[name][k] < ways[other][k]).sum())} pairs ({what})"
-            for what, k in (("Gram", 3), ("statistics", 4)) for name, other in (("slerp", "lerp"), ("slerp", "replacement"))
+            for what, k in (("Gram", 4), ("statistics", 5)) for name, other in (("slerp", "lerp"), ("slerp", "replacement"))
         ]
         text += ["", f"## Ways of mixing at gamma {GAMMA}, omega {omega}", "", heads]
         text += [show(name, values) for name, values in ways.items()] + ["", "; ".join(counts) + "."]
         print("\n".join(text[-7:]), flush=True)
     text += ["", f"Took {(time.perf_counter() - started) / 60:.1f} minutes."]
-    print("\n".join(text))
-    if options.table:
-        options.table.write_text("\n".join(text) + "\n")
-    if options.sheet:
-        rows = torch.cat([torch.cat(list(images), dim=-1) for images in sheet], dim=-2)
-        Image.fromarray((rows.movedim(0, -1) * 255).byte().numpy()).save(options.sheet)
+    publish(text, options.table)
+    save_sheet([torch.cat(list(images[:, None]), dim=-1) for images in sheet], options.sheet)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from pastiche.nodes.algorithms.metrics import psnr
 from pastiche.nodes.host.inversion import invert, reconstruct
 from pastiche.nodes.host.mini import load_mini
-from styleid_quality import CONTENTS, square
+from report import CONTENTS, add_outputs, pictures, publish
 from support.sampling import schedule
 
 RUNS = (("current", 50, 0), ("next", 20, 0), ("next", 50, 0), ("fixed_point", 20, 1), ("fixed_point", 20, 3), ("fixed_point", 20, 5))
@@ -23,14 +23,14 @@ def main():
     parser.add_argument("assets", type=Path)
     parser.add_argument("--photos", type=int, default=4)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--table", type=Path)
+    add_outputs(parser)
     options = parser.parse_args()
     model, vae, kinds = load_mini()
     heads = [f"{scheme} {steps}" + (f" x{iterations}" if iterations else "") for scheme, steps, iterations in RUNS]
     lines, totals, seconds = [], [0.0] * len(RUNS), [0.0] * len(RUNS)
-    for name in CONTENTS[: options.photos]:
-        image = square(options.assets / "content" / name, options.size)[None].movedim(1, -1) / 2 + 0.5  # BCHW -> BHWC
-        latent = vae.encode(image)
+    images, _ = pictures(options.assets, options.size, options.photos)
+    for name, image in zip(CONTENTS, images.movedim(1, -1)):  # BCHW -> BHWC
+        latent = vae.encode(image[None])
         target = vae.decode(latent).cpu()
         values = []
         for i, (scheme, steps, iterations) in enumerate(RUNS):
@@ -52,9 +52,7 @@ def main():
         "| **mean** | " + " | ".join(f"**{total / options.photos:.1f}**" for total in totals) + " |",
         "| inversion, s | " + " | ".join(f"{value / options.photos:.1f}" for value in seconds) + " |",
     ]
-    print("\n".join(text))
-    if options.table:
-        options.table.write_text("\n".join(text) + "\n")
+    publish(text, options.table)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import comfy.utils
 import psutil
 import torch
 from comfy_extras.nodes_train import TrainLoraNode
+from report import add_outputs, publish
 
 from pastiche.nodes.host.lora_training import TrainingSettings, train_style_lora
 from pastiche.nodes.host.training_data import TrainingImages
@@ -87,7 +88,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--only", default="", help="run only variants whose name holds one of these (comma-separated)")
-    parser.add_argument("--table", type=Path, help="Markdown file to write")
+    add_outputs(parser)
     options = parser.parse_args()
 
     path = options.work / "random_sd15.safetensors"
@@ -149,9 +150,7 @@ def main():
             ratios = " | ".join(f"{value / reference:.1f}" for value, reference in zip(own, ours_now))
             lines.append(f"| {name} | {own[0]:.2f} | {own[1]:.2f} | {own[2] / 1e9:.2f} | {ratios} |")
         lines.append("")
-    print("\n".join(lines))
-    if options.table:
-        options.table.write_text("\n".join(lines))
+    publish(lines, options.table)
 
 
 main()

@@ -6,7 +6,6 @@
 import argparse
 import statistics
 import time
-from pathlib import Path
 
 import setup_host
 import torch
@@ -15,6 +14,7 @@ from pastiche.nodes.host.inversion import invert
 from pastiche.nodes.host.mini import load_mini
 from pastiche.nodes.host.stores import readable_size
 from pastiche.nodes.host.style_injection import inject_style
+from report import add_outputs, publish
 from support.sampling import sample, schedule
 
 
@@ -23,7 +23,7 @@ def main():
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--table", type=Path)
+    add_outputs(parser)
     options = parser.parse_args()
     model, vae, kinds = load_mini()
     sigmas, generator = schedule(model, options.steps), torch.Generator().manual_seed(0)
@@ -64,9 +64,7 @@ def main():
         kept = readable_size(sizes[mode]) if mode in sizes else ""
         note = " (ram)" if mode == "strength 0.5" else ""
         text.append(f"| {mode}{note} | {kept} | {captured} | {statistics.median(phases['sampling']):.2f} |")
-    print("\n".join(text))
-    if options.table:
-        options.table.write_text("\n".join(text) + "\n")
+    publish(text, options.table)
 
 
 if __name__ == "__main__":

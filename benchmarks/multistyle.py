@@ -17,6 +17,7 @@ import comfy.hooks
 import comfy.samplers
 import comfy.sd
 import torch
+from report import add_outputs, publish
 from support.models import load_real, tiny_unet
 
 from pastiche.nodes.host.mini import load_mini
@@ -45,7 +46,7 @@ def main():
     parser.add_argument("--full", type=Path, help="folder for a 3.4 GB random checkpoint of SD1.5's real size")
     parser.add_argument("--mini", action="store_true", help="the embedded mini model")
     parser.add_argument("--width", type=int, default=320, help="base width of the U-Net; 320 is SD1.5's, at one resolution's depth")
-    parser.add_argument("--table", type=Path)
+    add_outputs(parser)
     options = parser.parse_args()
     if options.full:
         path = options.full / "random_sd15.safetensors"
@@ -126,9 +127,7 @@ def main():
         lines += [f"## {side}x{side} latent", "", "| | s/step | processor s/step | times plain (s) | times plain (processor s) | whole run, s |", "|---|---|---|---|---|---|"]
         lines += [f"| {name} | {s:.2f} | {c:.2f} | {s / base[0]:.2f} | {c / base[1]:.2f} | {whole:.1f} |" for name, (s, c, whole) in medians.items()]
         lines += ["", f"Largest difference between our result and the hooks': {agreement:.1e} of the largest value.", ""]
-    print("\n".join(lines))
-    if options.table:
-        options.table.write_text("\n".join(lines))
+    publish(lines, options.table)
 
 
 if __name__ == "__main__":

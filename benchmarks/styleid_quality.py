@@ -7,40 +7,33 @@ style, lower is nearer. LPIPS: distance to the content's decode, lower is nearer
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 import setup_host  # noqa: F401  (before torch and comfy)
 import torch
 from metrics import Metrics
-from PIL import Image
-
-sys.path.append(str(setup_host.ROOT / "tools"))
-from mini_training.data import HELD_OUT_STYLES, square
 from pastiche.nodes.algorithms.metrics import psnr
 from pastiche.nodes.host.capture import capture
 from pastiche.nodes.host.inversion import invert, reconstruct
 from pastiche.nodes.host.latent_adain import latent_adain
 from pastiche.nodes.host.mini import load_mini
 from pastiche.nodes.host.style_injection import inject_style
+from report import CONTENTS, HELD_OUT_STYLES, add_outputs, pictures, publish, save_sheet
 from support.sampling import sample, schedule
 
-CONTENTS = ("skimage_astronaut.png", "skimage_chelsea.png", "skimage_coffee.png", "skimage_rocket.png",
-            "seeding_by_Clements_Engelhardt.jpg", "Wine_by_Jakkub_Mede.jpg", "friends_by_Aitzol_Berasategi.jpg",
-            "sunset_by_Aitzol_Berasategi.jpg", "picosdeeuropa_by_Aitzol_Berasategi.jpg", "Picture_0B_by_freespace.jpg")
 VARIANTS = ("reconstruction", "injection", "AdaIN", "both", "both, gamma 0.3")
 
 
 class Pair:
     """One content and one style, inverted and captured."""
 
-    def __init__(self, content: Path, style: Path, size: int, steps: int):
+    def __init__(self, content_image: torch.Tensor, style_image: torch.Tensor, steps: int):
         self.model, self.vae, kinds = load_mini()
         self.empty = kinds["empty"]
         self.sigmas = schedule(self.model, steps)
-        self.content_image, self.style_image = (square(path, size)[None] / 2 + 0.5 for path in (content, style))
-        self.content, self.style = (self.prepare(image) for image in (self.content_image, self.style_image))
+        self.content_image, self.style_image = content_image, style_image
+        self.content, self.style = self.prepare(content_image), self.prepare(style_image)
 
     def prepare(self, image):
         latent = {"samples": self.vae.encode(image.movedim(1, -1))}  # BCHW -> BHWC
@@ -71,13 +64,13 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--table", type=Path)
-    parser.add_argument("--sheet", type=Path)
+    add_outputs(parser, sheet=True)
     options = parser.parse_args()
     metrics = Metrics(options.assets / "metrics")
     rows, sheet, started = [], [], time.perf_counter()
-    for content, style in list(zip(CONTENTS, HELD_OUT_STYLES))[: options.pairs]:
-        pair = Pair(options.assets / "content" / content, options.assets / "style" / f"{style}.png", options.size, options.steps)
+    contents, styles = pictures(options.assets, options.size, options.pairs)
+    for i, (content, style) in enumerate(zip(CONTENTS[: options.pairs], HELD_OUT_STYLES)):
+        pair = Pair(contents[i : i + 1], styles[i : i + 1], options.steps)
         target = pair.decode(pair.content[0])
         images = list(pair.variants())
         dB = psnr(pair.decode(reconstruct(pair.model, pair.content[2])), target, 1.0)
@@ -100,12 +93,8 @@ def main():
         f"- injection with AdaIN {mean[3][0]:.3f}, injection {mean[1][0]:.3f}, AdaIN {mean[2][0]:.3f} (mean Gram)",
         f"- gamma 0.3 against 0.75: Gram {mean[4][0]:.3f} against {mean[3][0]:.3f}, LPIPS {mean[4][1]:.3f} against {mean[3][1]:.3f}",
     ]
-    print("\n".join(text))
-    if options.table:
-        options.table.write_text("\n".join(text) + "\n")
-    if options.sheet:
-        pixels = (torch.cat(sheet, dim=2)[0].movedim(0, -1) * 255).round().to(torch.uint8).numpy()  # CHW -> HWC
-        Image.fromarray(pixels).save(options.sheet, quality=85)
+    publish(text, options.table)
+    save_sheet(sheet, options.sheet)
 
 
 if __name__ == "__main__":
