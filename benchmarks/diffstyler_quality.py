@@ -75,21 +75,21 @@ def main():
         for m in (model, lora):
             noises = (torch.randn(data.shape, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS)
             starts = (model.model.process_latent_out(noise * float((1 + sigmas[0] ** 2) ** 0.5)) for noise in noises)
-            pictures = [decode(sample(m, start, sigmas, kinds["painting"])) for start in starts]
-            drawn.append((sum(metrics.gram_distance(x, style_image) for x in pictures) / len(SEEDS), pictures[0]))
+            drawings = [decode(sample(m, start, sigmas, kinds["painting"])) for start in starts]
+            drawn.append((sum(metrics.gram_distance(x, style_image) for x in drawings) / len(SEEDS), drawings[0]))
         latent = {"samples": vae.encode(content_image.movedim(1, -1))}
         noise, trajectory = invert(model, latent, sigmas, kinds["empty"], "fixed_point", 3)
         features = capture(model, trajectory, "residual, self_attention_qk, cross_attention", "3-11", "ram")
         target = decode(latent["samples"])
-        pictures = []
+        results = []
         for name in VARIANTS:
             sampled = model if name == "base" else lora
             if name.endswith("injection"):
                 sampled = inject_features(sampled, features, 0.6, 0.5, "auto", "auto", "auto")
-            pictures.append(decode(sample(sampled, noise["samples"], sigmas, kinds["painting"], kinds["empty"], options.cfg)))
-        values = [(metrics.gram_distance(x, style_image), metrics.lpips(x, target)) for x in pictures]
+            results.append(decode(sample(sampled, noise["samples"], sigmas, kinds["painting"], kinds["empty"], options.cfg)))
+        values = [(metrics.gram_distance(x, style_image), metrics.lpips(x, target)) for x in results]
         rows.append((style[:32], *losses, *(gram for gram, _ in drawn), values))
-        sheet.append(torch.cat([content_image, style_image, drawn[0][1], drawn[1][1], *pictures], dim=3))
+        sheet.append(torch.cat([content_image, style_image, drawn[0][1], drawn[1][1], *results], dim=3))
         print(style[:32], "loss %.4f -> %.4f, drawn %.3f -> %.3f" % rows[-1][1:5], " ".join(f"{g:.3f}/{p:.3f}" for g, p in values), flush=True)
     text = [
         f"# DiffStyler on {len(rows)} held-out styles, mini model, {options.size} px", "",

@@ -15,8 +15,9 @@ from .unet import Denoiser, alphas_cumprod
 
 SHARE = {"photo": 0.6, "painting": 0.28, "drawing": 0.12}
 DROP_KIND = 0.15
-# Share of samples whose 0, 3, 6 or 9 deepest skip connections cannot be trusted, see `unreliable_skips`.
-UNRELIABLE = {0: 0.5, 3: 0.1, 6: 0.25, 9: 0.15}
+# Of the samples above and up to NOISY: the share whose so many deepest skip connections, of 12, cannot be trusted.
+NOISY = 300
+UNRELIABLE = ({0: 0.2, 3: 0.1, 6: 0.25, 9: 0.25, 11: 0.2}, {0: 0.7, 3: 0.1, 6: 0.1, 9: 0.1})
 
 
 def save_atomically(obj, path):
@@ -41,15 +42,20 @@ def diffuse(latents, timesteps, alphas, jitter=15.0):
     return abar.sqrt() * latents + amplitude * (1 - abar).sqrt() * noise, noise
 
 
-def unreliable_skips(timesteps):
-    """transformer_options under which half of the samples lose their deepest skip connections.
+def draw_depths(shares, count):
+    """(count) keys of `shares`, drawn with its values as probabilities."""
+    return torch.tensor(list(shares))[torch.multinomial(torch.tensor(list(shares.values())), count, True)]
 
-    In equal parts they become zero or those of the sample next in timestep. Without this the decoder reads all of
+
+def unreliable_skips(timesteps):
+    """transformer_options under which many samples, noisy ones above all, lose their deepest skip connections.
+
+    In equal parts these become zero or those of the sample next in timestep. Without this the decoder reads all of
     a picture from the skips, and what the bottleneck says (h-space) changes nothing.
     """
-    count = len(timesteps)
-    depths = torch.tensor(list(UNRELIABLE))[torch.multinomial(torch.tensor(list(UNRELIABLE.values())), count, True)]
-    swapped = torch.rand(count) < 0.5
+    noisy, clear = (draw_depths(shares, len(timesteps)) for shares in UNRELIABLE)
+    depths = torch.where(timesteps > NOISY, noisy, clear)
+    swapped = torch.rand(len(timesteps)) < 0.5
     order = timesteps.argsort()
     neighbour = torch.empty_like(order)
     neighbour[order] = order.roll(1)
