@@ -10,6 +10,7 @@ from typing import Any, Iterator
 
 import comfy.ops
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -158,6 +159,20 @@ def recast_in_backward(network: nn.Module, everywhere: bool = False) -> Iterator
 
 
 @contextmanager
+def norms_of_copies(network: nn.Module) -> Iterator[None]:
+    """Lets a network add to its residual stream in place, as ComfyUI's transformers do (Flux, for one).
+
+    What keeps the stream for backward are the norms in front of each branch: they get a copy. The U-Net adds
+    nothing in place and is left alone.
+    """
+    with ExitStack() as stack:
+        for module in () if isinstance(network, UNetModel) else network.modules():
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                stack.callback(module.register_forward_pre_hook(lambda module, args: (args[0].clone(), *args[1:])).remove)
+        yield
+
+
+@contextmanager
 def checkpointed(network: nn.Module) -> Iterator[None]:
     """Blocks keep only their inputs and are computed again in backward."""
     with ExitStack() as stack:
@@ -174,7 +189,7 @@ def _checkpointed_forward(forward: Any, module: nn.Module) -> Any:
         args, kwargs = [_snapshot(a) for a in args], {k: _snapshot(a) for k, a in kwargs.items()}
 
         def again():
-            return forward(*map(_snapshot, args), **{k: _snapshot(a) for k, a in kwargs.items()})
+            return forward(*map(_writable, args), **{k: _writable(a) for k, a in kwargs.items()})
 
         return checkpoint(again, use_reentrant=False, preserve_rng_state=False)
 
@@ -183,6 +198,11 @@ def _checkpointed_forward(forward: Any, module: nn.Module) -> Any:
 
 def _snapshot(value: Any) -> Any:
     return dict(value) if isinstance(value, dict) else value
+
+
+def _writable(value: Any) -> Any:
+    """What a block may write to without spoiling it for the next computation."""
+    return value.clone() if isinstance(value, Tensor) else _snapshot(value)
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:

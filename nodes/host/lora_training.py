@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..algorithms.inversion import ddim_step
 from ..algorithms.training import loss_weight, output_gain, signal_to_noise, step_generator, weighted_error
-from .adapters import Adapters, checkpointed, differentiable, recast_in_backward
+from .adapters import Adapters, checkpointed, differentiable, norms_of_copies, recast_in_backward
 from .training_data import TrainingImages
 from .training_state import TrainingState
 
@@ -154,8 +154,10 @@ class _TrainingLoop(comfy.samplers.Sampler):
         note = ""
         with ExitStack() as self._stack:
             self._stack.enter_context(_deterministic(self._device))
+            self._stack.enter_context(_kernels_with_gradients())
             self._stack.enter_context(differentiable(model))
             self._stack.enter_context(recast_in_backward(model.diffusion_model, settings.precision in DTYPES))
+            self._stack.enter_context(norms_of_copies(model.diffusion_model))
             self._stack.enter_context(self._adapters.attached())
             self._checkpointing = settings.gradient_checkpointing
             if self._checkpointing:
@@ -306,6 +308,17 @@ def _out_of_memory(error: Exception) -> bool:
         or isinstance(error, MemoryError)
         or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
     )
+
+
+@contextmanager
+def _kernels_with_gradients() -> Iterator[None]:
+    """ComfyUI's own switch for training: its fused kernels (rotary embeddings, for one) have no backward pass."""
+    before = getattr(comfy.model_management, "in_training", False)
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before
 
 
 @contextmanager

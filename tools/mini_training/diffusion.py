@@ -15,9 +15,8 @@ from .unet import Denoiser, alphas_cumprod
 
 SHARE = {"photo": 0.6, "painting": 0.28, "drawing": 0.12}
 DROP_KIND = 0.15
-# Of the samples above and up to NOISY: the share whose so many deepest skip connections, of 12, cannot be trusted.
-NOISY = 300
-UNRELIABLE = ({0: 0.2, 3: 0.1, 6: 0.25, 9: 0.25, 11: 0.2}, {0: 0.7, 3: 0.1, 6: 0.1, 9: 0.1})
+# Of the samples noisier than FOREIGN_FROM, the share that is shown another sample's bottleneck.
+FOREIGN_FROM, FOREIGN = 400, 0.35
 
 
 def save_atomically(obj, path):
@@ -42,32 +41,22 @@ def diffuse(latents, timesteps, alphas, jitter=15.0):
     return abar.sqrt() * latents + amplitude * (1 - abar).sqrt() * noise, noise
 
 
-def draw_depths(shares, count):
-    """(count) keys of `shares`, drawn with its values as probabilities."""
-    return torch.tensor(list(shares))[torch.multinomial(torch.tensor(list(shares.values())), count, True)]
+def foreign_bottleneck(timesteps, latents):
+    """Teaches the decoder to take coarse layout and colour from its bottleneck (h-space), the rest from its skips.
 
-
-def unreliable_skips(timesteps):
-    """transformer_options under which many samples, noisy ones above all, lose their deepest skip connections.
-
-    In equal parts these become zero or those of the sample next in timestep. Without this the decoder reads all of
-    a picture from the skips, and what the bottleneck says (h-space) changes nothing.
+    Left alone a network of this size reads all of a picture from the skips, and what h says changes nothing. So some
+    samples get h from the sample next in timestep, and their clean latent should then have that one's means over
+    the cells of h. Returns transformer_options and the change (B, C, h, w) of the clean latents.
     """
-    noisy, clear = (draw_depths(shares, len(timesteps)) for shares in UNRELIABLE)
-    depths = torch.where(timesteps > NOISY, noisy, clear)
-    swapped = torch.rand(len(timesteps)) < 0.5
     order = timesteps.argsort()
-    neighbour = torch.empty_like(order)
-    neighbour[order] = order.roll(1)
-
-    def patch(h, skip, transformer_options):
-        lost = transformer_options["block"][1] < depths
-        if lost.any():
-            other = torch.where(swapped[:, None, None, None], skip[neighbour], 0)
-            skip = torch.where(lost[:, None, None, None], other, skip)
-        return h, skip
-
-    return {"patches": {"output_block_patch": [patch]}}
+    source = torch.arange(len(timesteps))
+    source[order] = order.roll(1)
+    own = (timesteps < FOREIGN_FROM) | (torch.rand(len(timesteps)) >= FOREIGN)
+    source[own] = torch.arange(len(timesteps))[own]
+    grid = [-(-side // 8) for side in latents.shape[-2:]]
+    coarse = F.adaptive_avg_pool2d(latents, grid)
+    change = F.interpolate(coarse[source] - coarse, latents.shape[-2:], mode="bilinear")
+    return {"patches": {"middle_block_after_patch": [lambda args: {**args, "h": args["h"][source]}]}}, change
 
 
 class Trainer:
@@ -150,7 +139,10 @@ class Trainer:
         # Stratified timesteps: the loss of one batch then says more about all of them.
         timesteps = ((torch.arange(count) + torch.rand(count)) * (1000 / count)).long()[torch.randperm(count)]
         noisy, noise = diffuse(latents, timesteps, self.alphas)
-        loss = F.mse_loss(self.model(noisy, timesteps, kinds, unreliable_skips(timesteps)), noise)
+        options, change = foreign_bottleneck(timesteps, latents)
+        abar = self.alphas[timesteps][:, None, None, None]
+        target = noise - (abar / (1 - abar)).sqrt() * change
+        loss = F.mse_loss(self.model(noisy, timesteps, kinds, options), target)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.average_gradients()

@@ -1,0 +1,107 @@
+"""Train Style LoRA on flow models: a small Flux with random weights, made by ComfyUI's own classes."""
+
+from contextlib import ExitStack
+
+import comfy.lora
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import pytest
+import torch
+from support.models import randomize
+
+from pastiche.nodes.algorithms.training import step_generator
+from pastiche.nodes.host.adapters import Adapters, checkpointed, differentiable, norms_of_copies
+from pastiche.nodes.host.lora_training import TrainingSettings, train_style_lora
+from pastiche.nodes.host.training_data import TrainingImages
+
+
+def tiny_flux():
+    config = comfy.supported_models.FluxSchnell({
+        "image_model": "flux", "guidance_embed": False, "in_channels": 16, "out_channels": 16, "vec_in_dim": 8,
+        "context_in_dim": 16, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
+        "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "txt_ids_dims": [],
+    })
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, device=torch.device("cpu"))
+    randomize(model.diffusion_model)
+    return comfy.model_patcher.ModelPatcher(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return tiny_flux()
+
+
+@pytest.fixture(scope="module")
+def cond():
+    generator = torch.Generator().manual_seed(2)
+    return [[torch.randn(1, 5, 16, generator=generator), {"pooled_output": torch.randn(1, 8, generator=generator)}]]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return TrainingImages(torch.randn(1, 1, 16, 8, 8, generator=torch.Generator().manual_seed(1)))
+
+
+def test_loss_is_the_velocity_error(flux, cond, data):
+    """The first loss is |v - (noise - x0)|^2 of the network itself at x = (1 - t) x0 + t noise."""
+    trained = train_style_lora(flux, data, cond, TrainingSettings(steps=1, rank=2, seed=3, learning_rate=1e-6))
+    sampling, generator = flux.model.model_sampling, step_generator(3, 0)
+    torch.rand(1, generator=generator)  # whether to mirror
+    t = sampling.sigmas[(torch.rand(1, generator=generator) * len(sampling.sigmas)).long()]
+    noise = torch.randn(1, 16, 8, 8, generator=generator)
+    clean = flux.model.process_latent_in(data.mean[0])
+    with torch.no_grad():
+        velocity = flux.model.diffusion_model(
+            (1 - t) * clean + t * noise, sampling.timestep(t).float(), cond[0][0], y=cond[0][1]["pooled_output"]
+        )
+    assert trained.losses[0] == pytest.approx(float((velocity - (noise - clean)).square().mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_equal_finite_differences(flux, cond, checkpointing, monkeypatch):
+    """Flux adds to its residual stream in place: what backward needs of it must survive, with and without checkpoints."""
+    monkeypatch.setattr("comfy.model_management.in_training", True)
+    network, generator = flux.model.diffusion_model, torch.Generator().manual_seed(4)
+    adapters = Adapters(network, "all", 2, 8.0, generator)
+    for parameter in adapters.parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    x = torch.randn(1, 16, 8, 8, generator=generator)
+    with ExitStack() as stack:
+        stack.enter_context(differentiable(flux.model))
+        stack.enter_context(norms_of_copies(network))
+        stack.enter_context(adapters.attached())
+        if checkpointing:
+            stack.enter_context(checkpointed(network))
+
+        def loss():
+            return network(x, torch.tensor([0.6]), cond[0][0].clone(), y=cond[0][1]["pooled_output"].clone()).square().mean()
+
+        gradients = torch.autograd.grad(loss(), adapters.parameters())
+        with torch.no_grad():
+            for _ in range(5):
+                step = [1e-3 * torch.randn(p.shape, generator=generator) for p in adapters.parameters()]
+                expected = sum(float((g * d).sum()) for g, d in zip(gradients, step))
+                torch._foreach_add_(adapters.parameters(), step)
+                above = float(loss())
+                torch._foreach_sub_(adapters.parameters(), [2 * d for d in step])
+                below = float(loss())
+                torch._foreach_add_(adapters.parameters(), step)
+                assert (above - below) / 2 == pytest.approx(expected, rel=2e-2, abs=2e-5 * above)
+
+
+def test_trains_and_loads_in_core(flux, cond, data):
+    weights = {name: tensor.clone() for name, tensor in flux.model.state_dict().items()}
+    settings = dict(rank=4, seed=3)
+    trained = train_style_lora(flux, data, cond, TrainingSettings(steps=60, learning_rate=3e-3, **settings))
+    checkpointed = TrainingSettings(steps=60, learning_rate=3e-3, gradient_checkpointing=True, **settings)
+    assert train_style_lora(flux, data, cond, checkpointed).losses == pytest.approx(trained.losses, rel=1e-4)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in flux.model.state_dict().items())
+    assert any("single" in name for name in trained.lora) and any("double" in name for name in trained.lora)
+    keys = comfy.lora.model_lora_keys_unet(flux.model, {})
+    assert len(comfy.lora.load_lora(dict(trained.lora), keys)) == len(trained.lora) // 3
+    merged, _ = comfy.sd.load_lora_for_models(flux, None, trained.lora, 1.0, 0.0)
+    probe = TrainingSettings(steps=20, learning_rate=1e-12, **settings)  # a rate that changes nothing
+    losses = [sum(train_style_lora(model, data, cond, probe).losses) for model in (flux, merged)]
+    assert losses[1] < 0.98 * losses[0], losses
