@@ -15,8 +15,8 @@ from .unet import Denoiser, alphas_cumprod
 
 SHARE = {"photo": 0.6, "painting": 0.28, "drawing": 0.12}
 DROP_KIND = 0.15
-# Of the samples noisier than FOREIGN_FROM, the share that is shown another sample's bottleneck.
-FOREIGN_FROM, FOREIGN = 400, 0.35
+FOREIGN_FROM = 400  # timestep from which the bottleneck decides on the coarse picture
+FOREIGN_WEIGHT = 1.0
 
 
 def save_atomically(obj, path):
@@ -41,22 +41,27 @@ def diffuse(latents, timesteps, alphas, jitter=15.0):
     return abar.sqrt() * latents + amplitude * (1 - abar).sqrt() * noise, noise
 
 
-def foreign_bottleneck(timesteps, latents):
-    """Teaches the decoder to take coarse layout and colour from its bottleneck (h-space), the rest from its skips.
-
-    Left alone a network of this size reads all of a picture from the skips, and what h says changes nothing. So some
-    samples get h from the sample next in timestep, and their clean latent should then have that one's means over
-    the cells of h. Returns transformer_options and the change (B, C, h, w) of the clean latents.
-    """
+def foreign_pairs(timesteps):
+    """Up to a third of the batch, from FOREIGN_FROM on, and to each the sample next in timestep: two index tensors."""
     order = timesteps.argsort()
-    source = torch.arange(len(timesteps))
-    source[order] = order.roll(1)
-    own = (timesteps < FOREIGN_FROM) | (torch.rand(len(timesteps)) >= FOREIGN)
-    source[own] = torch.arange(len(timesteps))[own]
+    order = order[timesteps[order] >= FOREIGN_FROM]
+    chosen = torch.randperm(len(order))[: max(1, len(timesteps) // 3)] if len(order) > 1 else order[:0]
+    return order[chosen], order.roll(1)[chosen]
+
+
+def foreign_loss(own, foreign, latents, source, signal):
+    """How far a foreign bottleneck is from changing just the coarse layout and colour, 1 where it changes nothing.
+
+    Left alone a network of this size reads all of a picture from its skips, and what h says changes nothing. So the
+    prediction with the h of `source` is to differ from the own one as a clean latent does that has the other's means
+    over the cells of h. own, foreign: predictions (K, C, h, w) of the same samples; signal (K, 1, 1, 1): sqrt(abar /
+    (1 - abar)), by which a change of the clean latent enters the noise.
+    """
     grid = [-(-side // 8) for side in latents.shape[-2:]]
     coarse = F.adaptive_avg_pool2d(latents, grid)
-    change = F.interpolate(coarse[source] - coarse, latents.shape[-2:], mode="bilinear")
-    return {"patches": {"middle_block_after_patch": [lambda args: {**args, "h": args["h"][source]}]}}, change
+    change = F.interpolate(F.adaptive_avg_pool2d(source, grid) - coarse, latents.shape[-2:], mode="bilinear")
+    wrong = (foreign - own) / signal.clamp(min=0.2) + change * (signal / signal.clamp(min=0.2))
+    return wrong.square().mean() / change.square().mean().clamp(min=1e-3)
 
 
 class Trainer:
@@ -80,7 +85,7 @@ class Trainer:
             [{"params": decay, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], rate, betas=(0.9, 0.98))
         self.alphas = alphas_cumprod()
         self.step, self.images, self.minutes = 0, 0, 0.0
-        self.recent = []
+        self.recent, self.foreign = [], []
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.held_out = encode(torch.stack([square(p, 128) for p in validation[:48]]))
@@ -139,10 +144,20 @@ class Trainer:
         # Stratified timesteps: the loss of one batch then says more about all of them.
         timesteps = ((torch.arange(count) + torch.rand(count)) * (1000 / count)).long()[torch.randperm(count)]
         noisy, noise = diffuse(latents, timesteps, self.alphas)
-        options, change = foreign_bottleneck(timesteps, latents)
-        abar = self.alphas[timesteps][:, None, None, None]
-        target = noise - (abar / (1 - abar)).sqrt() * change
-        loss = F.mse_loss(self.model(noisy, timesteps, kinds, options), target)
+        chosen, source = foreign_pairs(timesteps)
+        rows = torch.cat([torch.arange(count), chosen])
+
+        def exchange(args):
+            return {**args, "h": torch.cat([args["h"][:count], args["h"][source]])}
+
+        options = {"patches": {"middle_block_after_patch": [exchange]}}
+        own, foreign = self.model(noisy[rows], timesteps[rows], kinds[rows], options).tensor_split([count])
+        loss = error = F.mse_loss(own, noise)
+        if len(chosen):
+            abar = self.alphas[timesteps[chosen]][:, None, None, None]
+            strange = foreign_loss(own[chosen], foreign, latents[chosen], latents[source], (abar / (1 - abar)).sqrt())
+            self.foreign.append(strange.item())
+            loss = loss + FOREIGN_WEIGHT * strange
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.average_gradients()
@@ -153,7 +168,7 @@ class Trainer:
         keep = min(0.9985, (1 + self.step) / (20 + self.step))
         for k, v in self.model.state_dict().items():
             self.average[k].lerp_(v, 1 - keep)
-        return loss.item()
+        return error.item()
 
     def average_gradients(self):
         if self.world == 1:
@@ -188,8 +203,8 @@ class Trainer:
                 self.minutes, clock = self.minutes + (now - clock) / 60, now
                 if self.rank == 0 and (now - saved > save_every or self.minutes >= minutes):
                     entry = {"step": self.step, "images": self.images, "minutes": round(self.minutes, 2), "rate": rate,
-                             "train": sum(self.recent) / len(self.recent), "validation": self.validate()}
-                    self.recent = []
+                             "train": sum(self.recent) / len(self.recent), "foreign": sum(self.foreign) / max(1, len(self.foreign)), "validation": self.validate()}
+                    self.recent, self.foreign = [], []
                     print(entry, flush=True)
                     log.write(json.dumps(entry) + "\n")
                     log.flush()

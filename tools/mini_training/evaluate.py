@@ -69,29 +69,30 @@ def loss_curve(log, last_step, path, size=(760, 420)):
     """Training and validation loss over images seen, drawn from unet_log.jsonl; returns the last entry drawn."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     entries = [entry for entry in entries if entry["step"] <= last_step]
-    seen = [e["images"] for e in entries]
-    series = {"training": ([e["train"] for e in entries], (150, 160, 180)), "validation (EMA)": ([e["validation"] for e in entries], (190, 60, 40))}
-    values = [v for v, _ in series.values()]
-    low = 0.02 * np.floor(min(map(min, values)) / 0.02)
-    high = low + 0.02 * np.ceil((np.percentile(np.concatenate(values), 90) - low) / 0.02)
+    shown = {"training": ("train", (150, 160, 180)), "validation (EMA)": ("validation", (190, 60, 40))}
+    series = {name: ([(e["images"], e[key]) for e in entries if key in e], color) for name, (key, color) in shown.items()}
+    losses = [loss for points, _ in series.values() for _, loss in points]
+    low = 0.02 * np.floor(min(losses) / 0.02)
+    high = low + 0.02 * np.ceil((np.percentile(losses, 90) - low) / 0.02)
+    last_seen = entries[-1]["images"]
     width, height = size
     left, top, right, bottom = 62, 24, width - 20, height - 46
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
 
     def place(x, y):
-        return left + (right - left) * x / max(seen), bottom - (bottom - top) * (min(y, high) - low) / (high - low)
+        return left + (right - left) * x / last_seen, bottom - (bottom - top) * (min(y, high) - low) / (high - low)
 
     for level in np.arange(low, high + 1e-9, (high - low) / 5):
         y = place(0, level)[1]
         draw.line((left, y, right, y), (225, 225, 225))
         draw.text((14, y - 6), f"{level:.3f}", "black")
     for share in (0, 0.25, 0.5, 0.75, 1):
-        x = place(share * max(seen), low)[0]
-        draw.text((x - 14, bottom + 8), f"{share * max(seen) / 1000:.1f}k", "black")
+        x = place(share * last_seen, low)[0]
+        draw.text((x - 14, bottom + 8), f"{share * last_seen / 1000:.1f}k", "black")
     draw.text((left, bottom + 26), "images seen; mean squared error of the predicted noise", "black")
-    for i, (name, (losses, color)) in enumerate(series.items()):
-        draw.line([place(x, y) for x, y in zip(seen, losses)], color, 2, joint="curve")
+    for i, (name, (points, color)) in enumerate(series.items()):
+        draw.line([place(*point) for point in points], color, 2, joint="curve")
         draw.text((right - 130, top + 16 * i), name, color)
     image.save(path)
     return entries[-1]
