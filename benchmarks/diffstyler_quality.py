@@ -4,7 +4,7 @@
 
 ASSETS holds content/, style/ (images that the mini model never saw) and metrics/. Loss: mean over draws of noise and
 timestep that training never used, the same for base and LoRA. Gram: distance to the style, lower is nearer; first of
-pictures drawn from plain noise (mean of two seeds), then of pictures that start from the content's inverted noise.
+pictures drawn from plain noise (mean of four seeds), then of pictures that start from the content's inverted noise.
 LPIPS: distance to the content's decode.
 """
 
@@ -26,7 +26,7 @@ from report import HELD_OUT_STYLES, add_outputs, pictures, publish, save_sheet
 from support.sampling import sample, schedule
 
 VARIANTS = ("base", "LoRA", "LoRA + injection")
-DRAWS, SEEDS = 24, (1, 2)
+DRAWS, SEEDS = 24, (1, 2, 3, 4)
 
 
 def probe(model, latent, conditioning):
