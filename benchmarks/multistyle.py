@@ -4,7 +4,7 @@ SD1.5's block positions with random weights; --full takes its real size, --mini 
 sampling step are taken between the first and the last step of a run, so setup and the hooks' first weight
 computation do not count; the whole run has both. Processor seconds do not depend on what else the machine does.
 
-    python benchmarks/multistyle.py --latent 8 16 32 [--full WORKFOLDER | --mini | --width 128 --rank 6] [--table FILE]
+    python benchmarks/multistyle.py --latent 8 16 32 [--targets transformer] [--full WORKFOLDER | --mini | --width 128 --rank 6] [--table FILE]
 """
 
 import argparse
@@ -27,13 +27,23 @@ from pastiche.nodes.sockets import StyleEntry
 STYLES = 3
 
 
-def random_lora(model, seed, rank):
+def in_lora(name, module, targets):
+    """qkv: the projections that DiffStyler trains. transformer: every layer of the attention blocks, as most LoRAs have."""
+    if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+        return False
+    if targets == "qkv":
+        return name.endswith((".to_q", ".to_k", ".to_v"))
+    return ".transformer_blocks." in name or name.endswith((".proj_in", ".proj_out"))
+
+
+def random_lora(model, seed, rank, targets):
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, module in model.model.named_modules():
-        if name.endswith((".to_q", ".to_k", ".to_v")):
-            tensors[f"{name}.lora_down.weight"] = torch.randn(rank, module.in_features, generator=generator) / rank
-            tensors[f"{name}.lora_up.weight"] = torch.randn(module.out_features, rank, generator=generator) * 0.01
+        if in_lora(name, module, targets):
+            outputs, inputs, *kernel = module.weight.shape
+            tensors[f"{name}.lora_down.weight"] = torch.randn(rank, inputs, *kernel, generator=generator) / rank
+            tensors[f"{name}.lora_up.weight"] = torch.randn(outputs, rank, *[1] * len(kernel), generator=generator) * 0.01
     return tensors
 
 
@@ -43,6 +53,7 @@ def main():
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", choices=("qkv", "transformer"), default="qkv", help="which layers the LoRAs change")
     parser.add_argument("--full", type=Path, help="folder for a 3.4 GB random checkpoint of SD1.5's real size")
     parser.add_argument("--mini", action="store_true", help="the embedded mini model")
     parser.add_argument("--width", type=int, default=320, help="base width of the U-Net; 320 is SD1.5's, at one resolution's depth")
@@ -64,7 +75,7 @@ def main():
     network = model.model.model_config.unet_config
     channels = model.model.latent_format.latent_channels
     prompts = [[[torch.randn(1, 77, network["context_dim"], generator=generator), {}]] for _ in range(STYLES + 1)]
-    loras = [random_lora(model, seed, options.rank) for seed in range(STYLES)]
+    loras = [random_lora(model, seed, options.rank, options.targets) for seed in range(STYLES)]
     masks = [torch.zeros(1, 64, 64) for _ in range(STYLES)]
     for number, mask in enumerate(masks):
         mask[..., number * 16 : number * 16 + 16] = 1  # the last quarter is the base's
@@ -109,8 +120,8 @@ def main():
     }
     lines = [
         f"# {STYLES} styles in one sampling", "",
-        f"{setup_host.hardware()}. U-Net with SD1.5's blocks, {size:.0f} M random parameters, fp32; LoRAs of rank {options.rank} on all "
-        f"queries, keys and values, three masks and the base in the last quarter, no guidance: {STYLES + 1} rows. "
+        f"{setup_host.hardware()}. U-Net with SD1.5's blocks, {size:.0f} M random parameters, fp32; LoRAs of rank {options.rank} on "
+        f"{'all queries, keys and values' if options.targets == 'qkv' else 'every layer of the attention blocks'}, three masks and the base in the last quarter, no guidance: {STYLES + 1} rows. "
         f"{options.rounds} interleaved rounds of {options.steps} steps (medians). Made by `benchmarks/multistyle.py`.", "",
     ]
     for side in options.latent:

@@ -64,8 +64,12 @@ def _is_attention_projection(name: str, wanted: set[str]) -> bool:
     return leaf.startswith("to_") or any("attn" in part or "attention" in part for part in parts[:-1])
 
 
-def apply_rows(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """A different update for every batch row: (N, ..., in), (N, r, in), (N, out, r) scaled -> (N, ..., out)."""
+def add_rows(output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """A layer's output (N, ..., out) plus a different update for every batch row.
+
+    x: (N, ..., in); down: (N, r, in); up: (N, out, r) with the scale in it.
+    """
     rows = x.reshape(x.shape[0], -1, x.shape[-1])  # (N, T, in)
     hidden = torch.bmm(rows, down.to(x.dtype).transpose(1, 2))  # (N, T, r)
-    return torch.bmm(hidden, up.to(x.dtype).transpose(1, 2)).reshape(*x.shape[:-1], -1)
+    plain = output.reshape(output.shape[0], -1, output.shape[-1])
+    return torch.baddbmm(plain, hidden, up.to(x.dtype).transpose(1, 2)).reshape(output.shape)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor, nn
 
-from ..algorithms.lora import apply_rows
+from ..algorithms.lora import add_rows
 
 PREFIX = "diffusion_model."
 BASE = -1  # the style number of rows that run the model as it is
@@ -137,18 +137,20 @@ class _LowRankRows:
             self._chosen = rows, self._down[index], self._up[index]
         _, down, up = self._chosen
         if self._convolution:
-            return output + self._convolve(x, down, up)
-        return output + apply_rows(x, down, up)
+            hidden = self._convolve(x, down)
+            return torch.baddbmm(output.flatten(2), up.to(x.dtype), hidden).reshape(output.shape)
+        return add_rows(output, x, down, up)
 
-    def _convolve(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """Every row its own kernel: one grouped convolution, then one batched product."""
+    def _convolve(self, x: Tensor, down: Tensor) -> Tensor:
+        """Every row its own kernel: (N, in, h, w) -> (N, r, h' w')."""
         module, n = self._module, x.shape[0]
+        if module.kernel_size == module.stride == (1, 1) and module.padding in (0, (0, 0)):
+            return torch.bmm(down.flatten(2).to(x.dtype), x.flatten(2))
         hidden = F.conv2d(
             x.reshape(1, -1, *x.shape[2:]), down.reshape(-1, *down.shape[2:]).to(x.dtype), None,
             module.stride, module.padding, module.dilation, n,
-        )  # (1, N r, h, w)
-        hidden = hidden.reshape(n, down.shape[1], -1)
-        return torch.bmm(up.to(x.dtype), hidden).reshape(n, up.shape[1], *_out_size(module, x))
+        )  # (1, N r, h', w')
+        return hidden.reshape(n, down.shape[1], -1)
 
 
 class _DenseRows:
@@ -225,8 +227,3 @@ def _check_shapes(module: nn.Module, pair: tuple[Tensor, Tensor], key: str, name
             f"{name}: the LoRA's {key} is for a weight of {got}, the model's is {expected}. "
             "It was made for another architecture."
         )
-
-
-def _out_size(module: nn.Conv2d, x: Tensor) -> tuple[int, int]:
-    sizes = zip(x.shape[2:], module.kernel_size, module.stride, module.padding, module.dilation)
-    return tuple((size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, pad, dilation in sizes)

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pastiche.nodes.algorithms.lora import apply_low_rank, apply_rows, init_low_rank, select_targets
+from pastiche.nodes.algorithms.lora import add_rows, apply_low_rank, init_low_rank, select_targets
 from pastiche.nodes.algorithms.lora import LowRank
 from pastiche.nodes.algorithms.training import (
     loss_weight,
@@ -68,10 +68,12 @@ def test_rows_take_their_own_update(generator):
     x = torch.randn(3, 7, 6, generator=generator, dtype=torch.float64)
     down, up = (torch.randn(3, *s, generator=generator, dtype=torch.float64) for s in ((2, 6), (5, 2)))
     scale = torch.tensor([1.0, 0.0, 2.5], dtype=torch.float64)
-    together = apply_rows(x, down, up * scale[:, None, None])
+    output = torch.randn(3, 7, 5, generator=generator, dtype=torch.float64)
+    together = add_rows(output, x, down, up * scale[:, None, None])
     for row in range(3):
-        torch.testing.assert_close(together[row], apply_low_rank(x[row], down[row], up[row], float(scale[row])))
-    assert not together[1].any()
+        alone = output[row] + apply_low_rank(x[row], down[row], up[row], float(scale[row]))
+        torch.testing.assert_close(together[row], alone)
+    assert torch.equal(together[1], output[1])
 
 
 def _eps(sigma, output, x):
