@@ -7,7 +7,7 @@ import torch
 from support.models import randomize, tiny_cond, tiny_unet
 
 from pastiche.nodes.host import lora_training
-from pastiche.nodes.host.adapters import Adapters, checkpointed, differentiable, recast_in_backward
+from pastiche.nodes.host.adapters import Adapters, checkpointed, recast_in_backward
 from pastiche.nodes.host.lora_training import TrainingSettings, train_style_lora
 from pastiche.nodes.host.training_data import TrainingImages, encode_posterior, training_images
 from pastiche.nodes.host.training_node import train_for_node
