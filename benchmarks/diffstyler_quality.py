@@ -16,12 +16,12 @@ import setup_host  # noqa: F401  (before torch and comfy)
 import comfy.sd
 import torch
 from metrics import Metrics
-from pastiche.nodes.host.capture import capture
-from pastiche.nodes.host.feature_injection import inject_features
-from pastiche.nodes.host.inversion import invert, walk_latent
-from pastiche.nodes.host.lora_training import TrainingSettings, train_style_lora
-from pastiche.nodes.host.mini import load_mini
-from pastiche.nodes.host.training_data import training_images
+from pastiche.nodes.host.features.capture import capture
+from pastiche.nodes.host.injections.content import inject_features
+from pastiche.nodes.host.trajectories.inversion import invert, walk_latent
+from pastiche.nodes.host.training.loop import TrainingSettings, train_style_lora
+from pastiche.nodes.host.networks.mini import load_mini
+from pastiche.nodes.host.training.images import training_images
 from report import HELD_OUT_STYLES, add_outputs, pictures, publish, save_sheet
 from support.sampling import sample, schedule
 

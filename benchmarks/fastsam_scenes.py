@@ -12,8 +12,8 @@ import time
 import setup_host  # first: makes ComfyUI and the pack importable
 import torch
 from pastiche.nodes.algorithms.prompts import parse_boxes, parse_points
-from pastiche.nodes.host.fastsam import MINI, load_fastsam
-from pastiche.nodes.host.fastsam_prompt import Finish, Prompt, prompt_masks
+from pastiche.nodes.host.fastsam.model import MINI, load_fastsam
+from pastiche.nodes.host.fastsam.prompt import Finish, Prompt, prompt_masks
 from report import add_outputs, publish
 from support import segmenters
 

@@ -27,11 +27,11 @@ from metrics import Metrics
 from report import add_outputs, pictures, publish, save_sheet
 
 from pastiche.nodes.algorithms.slerp import lerp
-from pastiche.nodes.host.capture import add_capture, capture
-from pastiche.nodes.host.hspace import H_SPACE, INJECT, HSpaceInjection
-from pastiche.nodes.host.injectfusion_sampler import injectfusion_sampler
-from pastiche.nodes.host.inversion import invert, reconstruct
-from pastiche.nodes.host.mini import load_mini
+from pastiche.nodes.host.features.capture import add_capture, capture
+from pastiche.nodes.host.injections.hspace import H_SPACE, INJECT, HSpaceInjection
+from pastiche.nodes.host.injections.injectfusion_sampler import injectfusion_sampler
+from pastiche.nodes.host.trajectories.inversion import invert, reconstruct
+from pastiche.nodes.host.networks.mini import load_mini
 from support.sampling import schedule
 
 T_EDIT, GAMMA = 400, 0.6

@@ -10,8 +10,8 @@ from pathlib import Path
 import setup_host
 import torch
 from pastiche.nodes.algorithms.metrics import psnr
-from pastiche.nodes.host.inversion import invert, reconstruct
-from pastiche.nodes.host.mini import load_mini
+from pastiche.nodes.host.trajectories.inversion import invert, reconstruct
+from pastiche.nodes.host.networks.mini import load_mini
 from report import CONTENTS, add_outputs, pictures, publish
 from support.sampling import schedule
 

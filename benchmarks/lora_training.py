@@ -25,8 +25,8 @@ import torch
 from comfy_extras.nodes_train import TrainLoraNode
 from report import add_outputs, publish
 
-from pastiche.nodes.host.lora_training import TrainingSettings, train_style_lora
-from pastiche.nodes.host.training_data import TrainingImages
+from pastiche.nodes.host.training.loop import TrainingSettings, train_style_lora
+from pastiche.nodes.host.training.images import TrainingImages
 
 
 class PeakMemory:

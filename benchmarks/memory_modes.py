@@ -9,11 +9,11 @@ import time
 
 import setup_host
 import torch
-from pastiche.nodes.host.capture import MEMORY, capture
-from pastiche.nodes.host.inversion import invert
-from pastiche.nodes.host.mini import load_mini
-from pastiche.nodes.host.stores import readable_size
-from pastiche.nodes.host.style_injection import inject_style
+from pastiche.nodes.host.features.capture import MEMORY, capture
+from pastiche.nodes.host.trajectories.inversion import invert
+from pastiche.nodes.host.networks.mini import load_mini
+from pastiche.nodes.host.features.stores import readable_size
+from pastiche.nodes.host.injections.style import inject_style
 from report import add_outputs, publish
 from support.sampling import sample, schedule
 

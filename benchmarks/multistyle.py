@@ -20,8 +20,8 @@ import torch
 from report import add_outputs, publish
 from support.models import load_real, tiny_unet
 
-from pastiche.nodes.host.mini import load_mini
-from pastiche.nodes.host.multistyle import multi_style_guider
+from pastiche.nodes.host.networks.mini import load_mini
+from pastiche.nodes.host.multistyle.guider import multi_style_guider
 from pastiche.nodes.sockets import StyleEntry
 
 STYLES = 3

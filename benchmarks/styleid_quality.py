@@ -14,11 +14,11 @@ import setup_host  # noqa: F401  (before torch and comfy)
 import torch
 from metrics import Metrics
 from pastiche.nodes.algorithms.metrics import psnr
-from pastiche.nodes.host.capture import capture
-from pastiche.nodes.host.inversion import invert, reconstruct
-from pastiche.nodes.host.latent_adain import latent_adain
-from pastiche.nodes.host.mini import load_mini
-from pastiche.nodes.host.style_injection import inject_style
+from pastiche.nodes.host.features.capture import capture
+from pastiche.nodes.host.trajectories.inversion import invert, reconstruct
+from pastiche.nodes.host.trajectories.latent_adain import latent_adain
+from pastiche.nodes.host.networks.mini import load_mini
+from pastiche.nodes.host.injections.style import inject_style
 from report import CONTENTS, HELD_OUT_STYLES, add_outputs, pictures, publish, save_sheet
 from support.sampling import sample, schedule
 

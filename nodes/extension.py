@@ -5,17 +5,17 @@ from comfy_api.latest import ComfyExtension, io
 from .fastsam import FastSAMPrompt, LoadFastSAM
 from .feature_injection import FeatureInjection
 from .features import CaptureFeatures, LoadFeatures, SaveFeatures
-from .host.fastsam import register_fastsam_folder
-from .host.feature_files import register_folder
+from .host.fastsam.model import register_fastsam_folder
+from .host.features.library import register_folder
 from .host.version import warn_if_too_old
 from .injectfusion import HSpaceSlerp, InjectFusionSampler
 from .inversion import DDIMInversion, InversionReport
 from .mini import LoadMini
 from .multistyle import MultiStyleGuiderNode, StyleEntryNode
-from .pictures import FeaturePCA, StyleSimilarity
+from .views import FeaturePCA, StyleSimilarity
 from .styleid import LatentAdaIN, StyleInjection
 from .training import TrainStyleLoRA
-from .trajectory_blend import TrajectoryBlend
+from .keep_outside import TrajectoryBlend
 from .unconditional import LoadUnconditional
 
 

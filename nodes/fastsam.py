@@ -3,10 +3,10 @@
 from comfy_api.latest import io
 
 from .algorithms.prompts import parse_boxes, parse_points
-from .host.fastsam import FastSAM, list_fastsam, load_fastsam
-from .host.fastsam_prompt import AUTO, MODES, Finish, Prompt, prompt_masks
-from .host.fastsam_preview import picker_preview
-from .host.fastsam_text import NO_FOLDER, list_clip_folders
+from .host.fastsam.model import FastSAM, list_fastsam, load_fastsam
+from .host.fastsam.prompt import AUTO, MODES, Finish, Prompt, prompt_masks
+from .host.fastsam.preview import picker_preview
+from .host.fastsam.text import NO_FOLDER, list_clip_folders
 from .sockets import FastSAMSocket
 
 CATEGORY = "pastiche/mask"

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .host.feature_injection import MODES, inject_features
+from .host.injections.content import MODES, inject_features
 from .sockets import FeaturesSocket
 
 CATEGORY = "pastiche/diffstyler"

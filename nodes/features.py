@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io
 
-from .host.capture import MEMORY, PRECISION, capture
-from .host.feature_files import list_files, load_bank, save_bank
-from .host.inversion import noise_latent
-from .host.stores import readable_size
+from .host.features.capture import MEMORY, PRECISION, capture
+from .host.features.library import list_files, load_bank, save_bank
+from .host.trajectories.inversion import noise_latent
+from .host.features.stores import readable_size
 from .sockets import FeaturesSocket, TrajectorySocket
 
 CATEGORY = "pastiche/features"

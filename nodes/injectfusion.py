@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from .algorithms.injectfusion import SCHEDULES
-from .host.hspace import BRANCHES, inject_content
-from .host.injectfusion_sampler import injectfusion_sampler
+from .host.injections.hspace import BRANCHES, inject_content
+from .host.injections.injectfusion_sampler import injectfusion_sampler
 from .sockets import FeaturesSocket
 
 CATEGORY = "pastiche/injectfusion"

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io, ui
 
-from .host.inversion import SCHEMES, invert
-from .host.report import inversion_report
+from .host.trajectories.inversion import SCHEMES, invert
+from .host.trajectories.report import inversion_report
 from .sockets import TrajectorySocket
 
 CATEGORY = "pastiche/inversion"

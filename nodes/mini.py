@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .host.mini import KINDS, load_mini
+from .host.networks.mini import KINDS, load_mini
 
 
 class LoadMini(io.ComfyNode):

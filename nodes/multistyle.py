@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .host.multistyle import lora_names, multi_style_guider, style_entry
+from .host.multistyle.guider import lora_names, multi_style_guider, style_entry
 from .sockets import FeaturesSocket, StyleSocket
 
 CATEGORY = "pastiche/diffstyler"

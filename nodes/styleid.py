@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from .host.latent_adain import latent_adain
-from .host.style_injection import inject_style
+from .host.trajectories.latent_adain import latent_adain
+from .host.injections.style import inject_style
 from .sockets import FeaturesSocket
 
 CATEGORY = "pastiche/styleid"

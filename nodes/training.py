@@ -3,8 +3,8 @@
 from comfy_api.latest import io, ui
 
 from .algorithms.lora import TARGETS
-from .host.lora_training import PRECISIONS, TrainingSettings
-from .host.training_node import train_for_node
+from .host.training.loop import PRECISIONS, TrainingSettings
+from .host.training.job import train_for_node
 
 CATEGORY = "pastiche/diffstyler"
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .host.unconditional import DTYPES, list_folders, load_unconditional
+from .host.networks.unconditional import DTYPES, list_folders, load_unconditional
 
 
 class LoadUnconditional(io.ComfyNode):

@@ -42,7 +42,7 @@ def main() -> None:
     package.__path__ = [str(ROOT)]
     sys.modules["pastiche"] = package
     sys.path.insert(0, str(ROOT / "tools"))
-    from pastiche.nodes.host.fastsam_format import SegmenterWeights, save_safetensors
+    from pastiche.nodes.host.fastsam.checkpoint import SegmenterWeights, save_safetensors
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

@@ -2,10 +2,10 @@ import logging
 
 import pytest
 import torch
-from pastiche.nodes.host.capture import capture, feature_shapes
-from pastiche.nodes.host.inspection import inspect_model
-from pastiche.nodes.host.inversion import invert
-from pastiche.nodes.host.run import SamplingRun, _BankReader
+from pastiche.nodes.host.features.capture import capture, feature_shapes
+from pastiche.nodes.host.networks.unet import inspect_model
+from pastiche.nodes.host.trajectories.inversion import invert
+from pastiche.nodes.host.injections.run import SamplingRun, _BankReader
 from pastiche.nodes.sockets import FeatureKey
 from support.models import tiny_cond, tiny_unet
 from support.sampling import random_latent, schedule
@@ -137,7 +137,7 @@ def test_disk_file_goes_with_its_bank():
 
 def test_cancel_leaves_no_file_and_the_model_clean():
     import comfy.model_management as management
-    from pastiche.nodes.host.stores import temporary_path
+    from pastiche.nodes.host.features.stores import temporary_path
 
     model = tiny_unet()
     trajectory = trajectory_of(model)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pastiche.nodes.algorithms.prompts import parse_boxes, parse_points
-from pastiche.nodes.host import fastsam
-from pastiche.nodes.host.fastsam import FastSAM
-from pastiche.nodes.host.fastsam_format import SegmenterWeights
-from pastiche.nodes.host.fastsam_network import OnnxNetwork, TorchNetwork
-from pastiche.nodes.host.fastsam_prompt import Finish, Prompt, prompt_masks
+from pastiche.nodes.host.fastsam import model as fastsam
+from pastiche.nodes.host.fastsam.model import FastSAM
+from pastiche.nodes.host.fastsam.checkpoint import SegmenterWeights
+from pastiche.nodes.host.fastsam.network import OnnxNetwork, TorchNetwork
+from pastiche.nodes.host.fastsam.prompt import Finish, Prompt, prompt_masks
 from support import segmenters
 
 

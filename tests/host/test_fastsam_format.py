@@ -11,9 +11,9 @@ from support import segmenters
 
 segmenters.require_ultralytics()
 
-from pastiche.nodes.host import fastsam_format
-from pastiche.nodes.host.fastsam_format import read_checkpoint, save_safetensors
-from pastiche.nodes.host.fastsam_network import TorchNetwork
+from pastiche.nodes.host.fastsam import checkpoint as fastsam_format
+from pastiche.nodes.host.fastsam.checkpoint import read_checkpoint, save_safetensors
+from pastiche.nodes.host.fastsam.network import TorchNetwork
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_import_leaves_the_process_as_it_was(comfyui, repository):
     script = """
 import sys; sys.argv = ["x"]; sys.path.insert(0, "tests"); import conftest
 import io, contextlib, os, torch, numpy, cv2
-from pastiche.nodes.host import fastsam_network
+from pastiche.nodes.host.fastsam import network as fastsam_network
 seen = lambda: (torch.save, str(vars(torch._tensor_str.PRINT_OPTS)), str(numpy.get_printoptions()), cv2.getNumThreads(),
                 {k: v for k, v in os.environ.items() if not k.startswith("YOLO_")})
 before = seen()

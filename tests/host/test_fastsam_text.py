@@ -11,10 +11,10 @@ import folder_paths
 import pytest
 import torch
 
-from pastiche.nodes.host import fastsam_text
-from pastiche.nodes.host.fastsam import FastSAM
-from pastiche.nodes.host.fastsam_prompt import Finish, Prompt, prompt_masks
-from pastiche.nodes.host.fastsam_text import CoreEncoder, FolderEncoder
+from pastiche.nodes.host.fastsam import text as fastsam_text
+from pastiche.nodes.host.fastsam.model import FastSAM
+from pastiche.nodes.host.fastsam.prompt import Finish, Prompt, prompt_masks
+from pastiche.nodes.host.fastsam.text import CoreEncoder, FolderEncoder
 from test_fastsam import DOOR, HOUSE, TREE, Drawn
 
 SIZE, WIDTH = 32, 24

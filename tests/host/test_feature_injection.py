@@ -9,10 +9,10 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from support.models import tiny_cond, tiny_unet
 from support.sampling import random_latent, sample, schedule
 
-from pastiche.nodes.host.capture import capture
-from pastiche.nodes.host.feature_injection import inject_features
-from pastiche.nodes.host.fingerprint import fingerprint
-from pastiche.nodes.host.run import RUN
+from pastiche.nodes.host.features.capture import capture
+from pastiche.nodes.host.injections.content import inject_features
+from pastiche.nodes.host.networks.fingerprint import fingerprint
+from pastiche.nodes.host.injections.run import RUN
 from pastiche.nodes.sockets import Trajectory
 
 STREAMS = "residual, self_attention_qk, cross_attention"
@@ -144,7 +144,7 @@ def test_override_of_queries_and_keys_is_override_of_maps_in_float64():
         injection = Injection(kept[kind])
         return injection.replacement(kind, ("output", 3, 0), attend)
 
-    from pastiche.nodes.host import feature_injection
+    from pastiche.nodes.host.injections import content as feature_injection
 
     class Injection(feature_injection.FeatureInjection):
         def __init__(self, pair):
@@ -164,7 +164,7 @@ def test_override_of_queries_and_keys_is_override_of_maps_in_float64():
 
 
 def test_shares_count_steps(content, monkeypatch):
-    from pastiche.nodes.host.feature_injection import FeatureInjection
+    from pastiche.nodes.host.injections.content import FeatureInjection
 
     due = []
     original = FeatureInjection._feature

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pastiche.nodes.algorithms.slerp import masked_slerp, resize_features, slerp
-from pastiche.nodes.host.capture import capture
-from pastiche.nodes.host.hspace import H_SPACE, inject_content, sigma_of_timestep
-from pastiche.nodes.host.inversion import invert
-from pastiche.nodes.host.run import RUN
+from pastiche.nodes.host.features.capture import capture
+from pastiche.nodes.host.injections.hspace import H_SPACE, inject_content, sigma_of_timestep
+from pastiche.nodes.host.trajectories.inversion import invert
+from pastiche.nodes.host.injections.run import RUN
 from support.models import tiny_cond, tiny_unet
 from support.sampling import random_latent, sample, schedule
 

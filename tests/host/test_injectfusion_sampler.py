@@ -9,10 +9,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from pastiche.nodes.algorithms.slerp import slerp
-from pastiche.nodes.host.capture import capture
-from pastiche.nodes.host.hspace import H_SPACE, INJECT, inject_content
-from pastiche.nodes.host.injectfusion_sampler import RowNoise, injectfusion_sampler
-from pastiche.nodes.host.inversion import invert
+from pastiche.nodes.host.features.capture import capture
+from pastiche.nodes.host.injections.hspace import H_SPACE, INJECT, inject_content
+from pastiche.nodes.host.injections.injectfusion_sampler import RowNoise, injectfusion_sampler
+from pastiche.nodes.host.trajectories.inversion import invert
 from support.models import smooth_eps, tiny_cond, tiny_unet
 from support.sampling import random_latent, sample, schedule
 

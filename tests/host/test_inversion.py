@@ -2,7 +2,7 @@ import logging
 
 import pytest
 import torch
-from pastiche.nodes.host.inversion import invert, noise_latent, reconstruct
+from pastiche.nodes.host.trajectories.inversion import invert, noise_latent, reconstruct
 from support.models import smooth_eps, tiny_cond, tiny_unet
 from support.sampling import random_latent, sample, schedule
 

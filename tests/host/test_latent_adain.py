@@ -1,6 +1,6 @@
 import pytest
 import torch
-from pastiche.nodes.host.latent_adain import latent_adain
+from pastiche.nodes.host.trajectories.latent_adain import latent_adain
 from support.sampling import random_latent
 
 

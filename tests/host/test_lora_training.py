@@ -6,11 +6,11 @@ import safetensors.torch
 import torch
 from support.models import randomize, tiny_cond, tiny_unet
 
-from pastiche.nodes.host import lora_training
-from pastiche.nodes.host.adapters import Adapters, checkpointed, recast_in_backward
-from pastiche.nodes.host.lora_training import TrainingSettings, train_style_lora
-from pastiche.nodes.host.training_data import TrainingImages, encode_posterior, training_images
-from pastiche.nodes.host.training_node import train_for_node
+from pastiche.nodes.host.training import loop as lora_training
+from pastiche.nodes.host.training.adapters import Adapters, checkpointed, recast_in_backward
+from pastiche.nodes.host.training.loop import TrainingSettings, train_style_lora
+from pastiche.nodes.host.training.images import TrainingImages, encode_posterior, training_images
+from pastiche.nodes.host.training.job import train_for_node
 
 
 def images(count=1, size=8, seed=0, std=None):

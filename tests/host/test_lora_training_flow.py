@@ -11,9 +11,9 @@ import torch
 from support.models import randomize
 
 from pastiche.nodes.algorithms.training import step_generator
-from pastiche.nodes.host.adapters import Adapters, checkpointed, differentiable, norms_of_copies
-from pastiche.nodes.host.lora_training import TrainingSettings, train_style_lora
-from pastiche.nodes.host.training_data import TrainingImages
+from pastiche.nodes.host.training.adapters import Adapters, checkpointed, differentiable, norms_of_copies
+from pastiche.nodes.host.training.loop import TrainingSettings, train_style_lora
+from pastiche.nodes.host.training.images import TrainingImages
 
 
 def tiny_flux():

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pastiche.nodes.host.mini import FORMAT, KINDS, WEIGHTS, load_mini, read_weights
+from pastiche.nodes.host.networks.mini import FORMAT, KINDS, WEIGHTS, load_mini, read_weights
 
 
 @pytest.fixture(scope="module")

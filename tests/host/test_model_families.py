@@ -4,10 +4,10 @@ import comfy.model_base
 import comfy.model_management
 import pytest
 import torch
-from pastiche.nodes.host.capture import capture
-from pastiche.nodes.host.inspection import inspect_model
-from pastiche.nodes.host.inversion import invert, reconstruct
-from pastiche.nodes.host.style_injection import inject_style
+from pastiche.nodes.host.features.capture import capture
+from pastiche.nodes.host.networks.unet import inspect_model
+from pastiche.nodes.host.trajectories.inversion import invert, reconstruct
+from pastiche.nodes.host.injections.style import inject_style
 from support.models import load_real
 from support.sampling import random_latent, sample, schedule
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.models import tiny_cond, tiny_unet
 
-from pastiche.nodes.host.multistyle import MultiStyleGuider, multi_style_guider
+from pastiche.nodes.host.multistyle.guider import MultiStyleGuider, multi_style_guider
 from pastiche.nodes.sockets import StyleEntry
 
 SIZE = (2, 4, 16, 8)  # two samples, not square
@@ -231,8 +231,8 @@ def test_other_patches_see_ordinary_rows():
 
 
 def featured(model, size=(16, 8), steps=4, batch=1, seed=11, layers="6-11", memory="recompute"):
-    from pastiche.nodes.host.capture import capture
-    from pastiche.nodes.host.inversion import invert
+    from pastiche.nodes.host.features.capture import capture
+    from pastiche.nodes.host.trajectories.inversion import invert
 
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
     latent = torch.randn(batch, 4, *size, generator=torch.Generator().manual_seed(seed))
@@ -242,7 +242,7 @@ def featured(model, size=(16, 8), steps=4, batch=1, seed=11, layers="6-11", memo
 
 def test_features_are_a_style():
     """One style of features everywhere is Style Injection without query preservation; beside a LoRA it keeps to its rows."""
-    from pastiche.nodes.host.style_injection import inject_style
+    from pastiche.nodes.host.injections.style import inject_style
 
     model = tiny_unet()
     bank, positive, negative = featured(model), tiny_cond(model), tiny_cond(model, seed=5)

@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 from pastiche.nodes.algorithms.styleid import injected_query
-from pastiche.nodes.host.capture import capture
-from pastiche.nodes.host.inversion import invert
-from pastiche.nodes.host.run import RUN
-from pastiche.nodes.host.style_injection import inject_style
+from pastiche.nodes.host.features.capture import capture
+from pastiche.nodes.host.trajectories.inversion import invert
+from pastiche.nodes.host.injections.run import RUN
+from pastiche.nodes.host.injections.style import inject_style
 from support.models import tiny_cond, tiny_unet
 from support.sampling import random_latent, sample, schedule
 

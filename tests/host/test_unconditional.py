@@ -10,8 +10,8 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from pastiche.nodes.host.inspection import inspect_model
-from pastiche.nodes.host.unconditional import list_folders, load_unconditional, make_sampling
+from pastiche.nodes.host.networks.unet import inspect_model
+from pastiche.nodes.host.networks.unconditional import list_folders, load_unconditional, make_sampling
 
 from support.unconditional import SCHEDULER, make_network, write_folder
 

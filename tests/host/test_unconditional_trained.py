@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pastiche.nodes.algorithms.metrics import psnr
-from pastiche.nodes.host.inversion import invert, reconstruct
-from pastiche.nodes.host.unconditional import load_unconditional
+from pastiche.nodes.host.trajectories.inversion import invert, reconstruct
+from pastiche.nodes.host.networks.unconditional import load_unconditional
 from support.sampling import sample, schedule
 from support.unconditional import SCHEDULER, TRAINED, blobs
 

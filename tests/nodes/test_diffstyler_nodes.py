@@ -6,7 +6,7 @@ from support.sampling import random_latent, sample, schedule
 from pastiche.nodes.feature_injection import FeatureInjection
 from pastiche.nodes.features import CaptureFeatures
 from pastiche.nodes.inversion import DDIMInversion
-from pastiche.nodes.trajectory_blend import TrajectoryBlend
+from pastiche.nodes.keep_outside import TrajectoryBlend
 
 
 @pytest.mark.parametrize("node, identifier", [(FeatureInjection, "PasticheFeatureInjection"), (TrajectoryBlend, "PasticheTrajectoryBlend")])

@@ -9,8 +9,8 @@ import torch
 from comfy_api.latest import io
 
 from pastiche.nodes.fastsam import FastSAMPrompt, LoadFastSAM
-from pastiche.nodes.host import fastsam
-from pastiche.nodes.host.fastsam_format import read_checkpoint
+from pastiche.nodes.host.fastsam import model as fastsam
+from pastiche.nodes.host.fastsam.checkpoint import read_checkpoint
 from support import segmenters
 
 segmenters.require_ultralytics()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pastiche.nodes.algorithms.metrics import psnr
 from pastiche.nodes.features import CaptureFeatures, LoadFeatures, SaveFeatures
-from pastiche.nodes.host.inversion import reconstruct
+from pastiche.nodes.host.trajectories.inversion import reconstruct
 from pastiche.nodes.inversion import DDIMInversion, InversionReport
 from pastiche.nodes.mini import LoadMini
 from pastiche.nodes.styleid import LatentAdaIN, StyleInjection
@@ -83,7 +83,7 @@ def test_fingerprint_of_a_second_load_is_the_same_and_its_features_work(scene):
 
 
 def test_save_and_load_give_the_same_picture(scene):
-    from pastiche.nodes.host.feature_files import register_folder
+    from pastiche.nodes.host.features.library import register_folder
 
     register_folder()
     name = SaveFeatures.execute(scene.style[2], "mini_style").result[0]

@@ -33,8 +33,8 @@ def scenes():
 
 def random_network(classes: int = 1, width: float = 0.0625, kind: str = "segment") -> torch.nn.Module:
     """An untrained YOLOv8 as ultralytics makes and pickles it; kind: segment or detect."""
-    from pastiche.nodes.host.fastsam_format import SegmenterWeights
-    from pastiche.nodes.host.fastsam_network import _segmentation_model
+    from pastiche.nodes.host.fastsam.checkpoint import SegmenterWeights
+    from pastiche.nodes.host.fastsam.network import _segmentation_model
 
     SegmentationModel = _segmentation_model()
     from ultralytics.nn.tasks import DetectionModel

@@ -17,7 +17,7 @@ def load_pack():
     package = types.ModuleType("pastiche")
     package.__path__ = [str(Path(__file__).resolve().parents[2])]
     sys.modules.setdefault("pastiche", package)
-    from pastiche.nodes.host.mini import load_mini
+    from pastiche.nodes.host.networks.mini import load_mini
 
     return load_mini
 

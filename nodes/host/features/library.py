@@ -1,0 +1,158 @@
+"""A style library on disk: feature banks as safetensors files inside ComfyUI's folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import safetensors
+import torch
+
+from ...sockets import FeatureBank, FeatureKey, Fingerprint, Trajectory
+from .capture import feature_shapes, record, storage_dtype
+from ..networks.fingerprint import fingerprint, require_same_model
+from ..networks.unet import inspect_model
+from .stores import FileStore, FileWriter, MemoryStore
+
+FORMAT = "pastiche-features"
+VERSION = "1"
+FOLDER = "pastiche_features"
+TRAJECTORY = ("trajectory.sigmas", "trajectory.latents")
+CONTEXT, POOLED = "conditioning.context", "conditioning.pooled_output"
+
+
+def register_folder() -> None:
+    """Makes models/pastiche_features and output/pastiche_features known to ComfyUI, .safetensors only."""
+    for root in (folder_paths.models_dir, folder_paths.get_output_directory()):
+        folder_paths.add_model_folder_path(FOLDER, os.path.join(root, FOLDER))
+    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
+
+
+def list_files() -> list[str]:
+    return folder_paths.get_filename_list(FOLDER) if FOLDER in folder_paths.folder_names_and_paths else []
+
+
+def save_bank(bank: FeatureBank, filename_prefix: str) -> Path:
+    """Writes a bank, its trajectory and its conditioning into output/pastiche_features; returns the file.
+
+    A `recompute` bank is written with its trajectory alone and needs a MODEL when loaded.
+    Raises ValueError for a name outside that folder (core's own check) and for conditioning beyond a prompt.
+    """
+    root = os.path.join(folder_paths.get_output_directory(), FOLDER)
+    os.makedirs(root, exist_ok=True)
+    try:
+        folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, root)
+    except Exception as error:
+        raise ValueError(f'filename_prefix: "{filename_prefix}" leaves ComfyUI\'s output folder; give a plain name.') from error
+    trajectory = bank.trajectory
+    context, extra = trajectory.conditioning[0]
+    unsaved = [name for name, value in extra.items() if name != "pooled_output" and value is not None]
+    if unsaved:
+        raise ValueError(f"features: their conditioning carries {', '.join(unsaved)}, which a file cannot; use a plain prompt.")
+    whole = {TRAJECTORY[0]: trajectory.sigmas, TRAJECTORY[1]: trajectory.latents, CONTEXT: context,
+             POOLED: extra.get("pooled_output")}
+    whole = {name: tensor.float() for name, tensor in whole.items() if tensor is not None}
+    shapes = {name: tuple(tensor.shape) for name, tensor in whole.items()}
+    dtypes = dict.fromkeys(whole, torch.float32)
+    device = torch.device("cpu")
+    if bank.store is not None:
+        for key in bank.keys:
+            sample = bank.store.read(key, 1, device)
+            shapes[str(key)] = (trajectory.steps, *sample.shape)
+            dtypes[str(key)] = sample.dtype
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "method": "capture" if bank.store is not None else "recompute",
+        "scheme": trajectory.scheme,
+        "weights": trajectory.fingerprint.weights,
+        "patches": trajectory.fingerprint.patches,
+        "keys": json.dumps([str(key) for key in bank.keys]),
+        "steps": str(trajectory.steps),
+        "latent_size": json.dumps(list(trajectory.latents.shape[-2:])),
+        "batch": str(trajectory.batch),
+    }
+    writer = FileWriter(Path(folder) / f"{name}_{counter:05}_.safetensors", shapes, dtypes, metadata)
+    try:
+        for name, tensor in whole.items():
+            writer.write(name, 0, tensor)
+        if bank.store is not None:
+            for step in range(1, trajectory.steps + 1):
+                for key in bank.keys:
+                    writer.write(key, step, bank.store.read(key, step, device))
+    except BaseException:
+        writer.discard()
+        raise
+    return writer.finish()
+
+
+def load_bank(name: str, memory: str, model: Any) -> FeatureBank:
+    """Reads a bank written by `save_bank` from MODEL `model`; memory: ram | vram | disk | recompute.
+
+    A file without features (written in `recompute` mode) has them captured now for ram and vram, and
+    recomputed while sampling otherwise. Raises ValueError for truncated or foreign files and another model.
+    """
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None or not _inside_folders(path):
+        raise ValueError(f'file: "{name}" is not in {FOLDER} under ComfyUI\'s models or output folder.')
+    store = FileStore(Path(path))
+    about = store.metadata
+    if about.get("format") != FORMAT or about.get("version") != VERSION or not set(TRAJECTORY) <= set(store.tensor_names()):
+        found = f'format "{about.get("format", "none")}" version {about.get("version", "none")}'
+        raise ValueError(f'file: "{name}" was not written by Save Features (expected {FORMAT} version {VERSION}, got {found}).')
+    try:
+        trajectory = _read_trajectory(store)
+        keys = tuple(FeatureKey.parse(text) for text in json.loads(about["keys"]))
+        stored = about["method"] == "capture"
+        shapes = {key: _read_shape(store, key, trajectory) for key in keys} if stored else {}
+    except (KeyError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f'file: "{name}" is damaged: {error}. Save the features again.') from error
+    require_same_model(fingerprint(model), trajectory.fingerprint, f'The features in "{name}"')
+    if memory == "recompute" or not stored:
+        return _recomputed(trajectory, keys, memory, model)
+    if memory == "disk":
+        return FeatureBank(trajectory, keys, memory, store, model)
+    device = torch.device("cpu") if memory == "ram" else model.load_device
+    held = MemoryStore(shapes, trajectory.steps, store.dtype(str(keys[0])), device)
+    for step in range(1, trajectory.steps + 1):
+        for key in keys:
+            held.write(key, step, store.read(key, step, device))
+    return FeatureBank(trajectory, keys, memory, held, model)
+
+
+def _read_trajectory(store: FileStore) -> Trajectory:
+    about, names = store.metadata, store.tensor_names()
+    sigmas, latents = (store.tensor(name) for name in TRAJECTORY)
+    if sigmas.ndim != 1 or latents.ndim != 5 or len(sigmas) != len(latents):
+        raise ValueError(f"{len(sigmas)} sigmas for latents of shape {tuple(latents.shape)}")
+    context = store.tensor(CONTEXT) if CONTEXT in names else None
+    extra = {"pooled_output": store.tensor(POOLED)} if POOLED in names else {}
+    return Trajectory(sigmas, latents, [[context, extra]], about["scheme"], Fingerprint(about["weights"], about["patches"]))
+
+
+def _read_shape(store: FileStore, key: FeatureKey, trajectory: Trajectory) -> tuple[int, ...]:
+    """(B, ...) of one step of a stored feature."""
+    steps, *shape = store.shape(str(key))
+    if steps != trajectory.steps or shape[0] != trajectory.batch:
+        raise ValueError(f"{key} holds {steps} steps of {shape[0]} images, its trajectory {trajectory.steps} of {trajectory.batch}")
+    return tuple(shape)
+
+
+def _recomputed(trajectory: Trajectory, keys: tuple[FeatureKey, ...], memory: str, model: Any) -> FeatureBank:
+    if memory in ("recompute", "disk"):
+        return FeatureBank(trajectory, keys, "recompute", None, model)
+    device = torch.device("cpu") if memory == "ram" else model.load_device
+    shapes = feature_shapes(inspect_model(model), keys, trajectory)
+    store = MemoryStore(shapes, trajectory.steps, storage_dtype(model, "half"), device)
+    record(model, trajectory, keys, store.write)
+    return FeatureBank(trajectory, keys, memory, store, model)
+
+
+def _inside_folders(path: str) -> bool:
+    roots = folder_paths.get_folder_paths(FOLDER)
+    real = os.path.realpath(path)
+    return any(os.path.commonpath([real, os.path.realpath(root)]) == os.path.realpath(root) for root in roots)

@@ -1,0 +1,149 @@
+"""InjectFusion's content injection: a patch on the output of the U-Net's middle block (h-space)."""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import torch
+
+from ...algorithms.injectfusion import Schedule, gamma_schedule, injecting_steps
+from ...algorithms.masks import resize_mask
+from ...algorithms.slerp import masked_slerp, resize_features, slerp
+from ...sockets import FeatureBank, FeatureKey
+from ..networks.fingerprint import fingerprint, require_same_model
+from ..networks.unet import inspect_model
+from .run import attach_banks, current_run, current_sigma
+
+BRANCHES = ("conditional", "both")
+INJECT = "pastiche_inject"
+"""transformer_options key: False injects nowhere, a tuple of bools into those chunks of the batch; absent, everywhere."""
+
+H_SPACE = FeatureKey("h_space", "middle", 0)
+CONDITIONAL = 0  # core's number of the positive condition in `cond_or_uncond`
+
+
+class HSpaceInjection:
+    """The patch of one h-space Slerp node. Holds settings only; several of them chain, each with its mask."""
+
+    def __init__(
+        self, content: FeatureBank, gamma: float, t_edit: float, branch: str, mask: torch.Tensor | None, schedule: Schedule
+    ):
+        self.content = content
+        self.gamma, self.t_edit, self.branch, self.schedule = gamma, t_edit, branch, schedule
+        self.mask = mask
+
+    def install(self, model: Any) -> None:
+        """Adds the patch to `model` (a clone)."""
+        attach_banks(model, [(self.content, (H_SPACE,))], self.check)
+        model.set_model_patch(self, "middle_block_after_patch")
+
+    def check(self, guider: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> None:
+        """Refuses features and masks that do not fit the sampling about to start."""
+        batch, contents = noise.shape[0], self.content.trajectory.batch
+        if contents not in (1, batch):
+            raise ValueError(
+                f"content: features of {contents} images cannot be shared among {batch} samples; "
+                "invert one image, or as many as the sampled latent holds."
+            )
+        if self.mask is not None and self.mask.shape[0] not in (1, batch):
+            raise ValueError(f"mask: {self.mask.shape[0]} masks for {batch} samples; connect one mask or {batch}.")
+
+    def share(self, options: dict) -> float:
+        """The gamma of the step that `options` (a forward's transformer_options) belongs to; 0 where nothing is due."""
+        run = current_run(options)
+        if run is None:
+            return 0.0
+        sigmas = options["sample_sigmas"]
+        plan = run.memo((id(self), "plan"), lambda: self._plan(run.model_sampling, sigmas.float().cpu()))
+        step = int((sigmas - current_sigma(options)).abs().argmin())
+        return plan.get(step, 0.0)
+
+    def _plan(self, model_sampling: Any, sigmas: torch.Tensor) -> dict[int, float]:
+        """Step of the run -> gamma, for the steps that inject."""
+        captured = self.content.trajectory.schedule.tolist()
+        steps = injecting_steps(sigmas.tolist(), captured, sigma_of_timestep(model_sampling, self.t_edit))
+        return dict(zip(steps, gamma_schedule(self.gamma, len(steps), self.schedule)))
+
+    def __call__(self, args: dict) -> dict:
+        """middle_block_after_patch: args["h"] is (chunks * B, C, h, w)."""
+        h, options = args["h"], args["transformer_options"]
+        chunks = self._chunks(options)
+        gamma = self.share(options) if any(chunks) else 0.0
+        if gamma == 0:
+            return args
+        run = current_run(options)
+        feature = run.feature(self.content, H_SPACE, current_sigma(options), h)
+        parts = list(h.chunk(len(chunks)))
+        grid = h.shape[-2:]
+        content = resize_features(feature, *grid)
+        mask = None
+        if self.mask is not None:
+            mask = run.memo(
+                (id(self), tuple(grid)), lambda: resize_mask(self.mask, *grid).unsqueeze(1).to(h.device)
+            )  # BHW -> B1hw
+        for number, chosen in enumerate(chunks):
+            if chosen:
+                parts[number] = self.mix(parts[number], content, gamma, mask)
+        return {**args, "h": torch.cat(parts)}
+
+    def mix(self, h: torch.Tensor, content: torch.Tensor, gamma: float, mask: torch.Tensor | None) -> torch.Tensor:
+        """h~ of one condition's samples: h (B, C, h, w), content (B or 1, C, h, w), mask (B or 1, 1, h, w)."""
+        return slerp(h, content, gamma) if mask is None else masked_slerp(h, content, gamma, mask)
+
+    def _chunks(self, options: dict) -> list[bool]:
+        """Which chunks of the batch this node changes."""
+        conditions = options["cond_or_uncond"]
+        asked = options.get(INJECT, (True,) * len(conditions))
+        if asked is False:
+            return [False] * len(conditions)
+        return [flag and (self.branch == "both" or kind == CONDITIONAL) for flag, kind in zip(asked, conditions)]
+
+
+def inject_content(
+    model: Any,
+    content: FeatureBank,
+    gamma: float,
+    t_edit: float,
+    branch: str = "conditional",
+    mask: torch.Tensor | None = None,
+    schedule: Schedule = "constant",
+) -> Any:
+    """`model` whose h turns towards the content's by `gamma` while the timestep is at least `t_edit` (0..1000).
+
+    mask: (B or 1, H, W) of any size, where to inject. Returns an unpatched clone where nothing would change.
+    Raises ValueError for features of another model or without h_space, and unknown settings.
+    """
+    if branch not in BRANCHES:
+        raise ValueError(f'branch: got "{branch}", choose among {", ".join(BRANCHES)}.')
+    gamma_schedule(gamma, 1, schedule)
+    inspect_model(model)
+    require_same_model(fingerprint(model), content.trajectory.fingerprint, "The content features")
+    if H_SPACE not in content.keys:
+        held = ", ".join(sorted({key.stream for key in content.keys})) or "nothing"
+        raise ValueError(f'content: the bank holds {held}, not h_space. Set Capture Features to streams "h_space".')
+    patched = model.clone()
+    if gamma == 0 or t_edit >= 1000 or (mask is not None and not bool(mask.any())):
+        return patched
+    HSpaceInjection(content, gamma, t_edit, branch, mask, schedule).install(patched)
+    return patched
+
+
+def due_injections(options: dict, sigma: torch.Tensor) -> list[HSpaceInjection]:
+    """The h-space Slerp patches among a run's transformer_options that change the step at `sigma`."""
+    return [patch for patch in installed(options) if patch.share({**options, "sigmas": sigma}) != 0]
+
+
+def installed(options: dict) -> list[HSpaceInjection]:
+    patches: Sequence[Any] = options.get("patches", {}).get("middle_block_after_patch", ())
+    return [patch for patch in patches if isinstance(patch, HSpaceInjection)]
+
+
+def sigma_of_timestep(model_sampling: Any, timestep: float) -> float:
+    """The sigma of a timestep on the papers' 0..1000 scale, whatever the model's own: 0 at 0, infinite at 1000."""
+    if timestep >= 1000:
+        return float("inf")
+    if timestep <= 0:
+        return 0.0
+    if timestep >= 999:
+        return float(model_sampling.sigma_max)
+    return float(model_sampling.percent_to_sigma(1 - timestep / 999))

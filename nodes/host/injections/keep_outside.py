@@ -1,0 +1,101 @@
+"""DiffStyler's eq. 6: outside a mask the sample follows the content's own trajectory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...algorithms.diffstyler import keep_outside
+from ...algorithms.masks import resize_mask
+from ...sockets import Trajectory
+from ..networks.fingerprint import fingerprint, require_same_model
+
+KEY = "pastiche_keep_outside"
+BEYOND = 1.005  # schedulers round; a sigma this far above the trajectory's last one still counts as it
+
+
+class KeepOutside:
+    """Wrappers of one Keep Outside Mask node: settings only, nothing of a run stays here.
+
+    What the model sees outside is the trajectory itself; what it answers there is the prediction with which an
+    Euler step lands on the trajectory's next latent; the finished latent is the trajectory's clean one.
+    """
+
+    def __init__(self, trajectory: Trajectory, mask: Tensor):
+        self.trajectory, self.mask = trajectory, mask
+
+    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        self._check(noise, sigmas)
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+    def sampler_sample(self, executor, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
+        last = float(sigmas[-1])  # now: uni_pc writes over it
+        samples = executor(model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs)
+        return torch.where(self._mask(samples) == 0, self._content(last, samples), samples)
+
+    def predict_noise(self, executor, x, timestep, model_options={}, seed=None):
+        sigma = float(timestep.flatten()[0])
+        mask = self._mask(x)
+        # An Euler step from the blended prediction below has blended x already; other samplers stray outside.
+        denoised = executor(torch.where(mask == 0, self._content(sigma, x), x), timestep, model_options, seed)
+        sigmas = model_options["transformer_options"]["sample_sigmas"].tolist()
+        following = max((other for other in sigmas if other < sigma * (1 - 1e-6)), default=0.0)
+        # x' = x + (s' - s) (x - D) / s = z(s')  <=>  D = x - s (z(s') - x) / (s' - s)
+        leading = x - sigma * (self._content(following, x) - x) / (following - sigma)
+        return keep_outside(denoised, leading, mask)
+
+    def _content(self, sigma: float, like: Tensor) -> Tensor:
+        """(B or 1, C, H, W) latent of the trajectory at `sigma`; between two levels along the straight line of a DDIM step."""
+        levels, latents = self.trajectory.sigmas, self.trajectory.latents
+        above = int(torch.searchsorted(levels, sigma))
+        if above == 0 or above == len(levels):
+            return latents[min(above, len(levels) - 1)].to(like)
+        low, high = float(levels[above - 1]), float(levels[above])
+        share = (sigma - low) / (high - low)
+        for level, exact in ((above - 1, share < 1e-4), (above, share > 1 - 1e-4)):
+            if exact:
+                return latents[level].to(like)
+        return torch.lerp(latents[above - 1], latents[above], share).to(like)
+
+    def _mask(self, like: Tensor) -> Tensor:
+        return resize_mask(self.mask, *like.shape[-2:]).clamp(0, 1).unsqueeze(1).to(like)  # BHW -> B1hw
+
+    def _check(self, noise: Tensor, sigmas: Tensor) -> None:
+        batch, size = noise.shape[0], noise.shape[-2:]
+        own = self.trajectory.latents.shape[-2:]
+        if own != size:
+            raise ValueError(
+                f"trajectory: its latent is {own[1]}x{own[0]}, the sampled one {size[1]}x{size[0]}. "
+                "Sample at the size of the inverted content."
+            )
+        if self.trajectory.batch not in (1, batch):
+            raise ValueError(
+                f"trajectory: {self.trajectory.batch} contents cannot be shared among {batch} samples; "
+                "invert one image, or as many as the sampled latent holds."
+            )
+        if len(resize_mask(self.mask, 1, 1)) not in (1, batch):
+            raise ValueError(f"mask: {self.mask.shape[0]} masks for {batch} samples; connect one mask or {batch}.")
+        if float(sigmas[0]) > BEYOND * float(self.trajectory.sigmas[-1]):
+            raise ValueError(
+                f"trajectory: it ends at sigma {float(self.trajectory.sigmas[-1]):.3f}, sampling starts at "
+                f"{float(sigmas[0]):.3f}. Connect the same SIGMAS to DDIM Inversion and to the sampler."
+            )
+
+
+def blend_trajectory(model: Any, trajectory: Trajectory, mask: Tensor) -> Any:
+    """`model` that samples freely inside `mask` ((B or 1, H, W), 1 inside, any size) and keeps the content outside.
+
+    Returns an unpatched clone where the mask is 1 everywhere. Raises ValueError for a trajectory of another model.
+    """
+    require_same_model(fingerprint(model), trajectory.fingerprint, "The trajectory's latents")
+    patched = model.clone()
+    if bool((mask >= 1).all()):
+        return patched
+    keep = KeepOutside(trajectory, mask)
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keep.outer_sample)
+    patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, keep.sampler_sample)
+    patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, keep.predict_noise)
+    return patched

@@ -1,0 +1,218 @@
+"""State of one sampling run: which features belong to the step being predicted."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Callable, Iterable
+
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.samplers
+import comfy.sampler_helpers
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ...sockets import FeatureBank, FeatureKey
+from ..features.capture import WRAPPER_KEY, add_capture, feature_shapes, record, storage_dtype
+from ..networks.unet import inspect_model
+from ..features.stores import MemoryStore, readable_size
+
+RUN = "pastiche_run"
+SAME_SIGMA = 5e-3  # relative: `timestep()` and schedulers round to this
+
+
+class SamplingRun:
+    """Lives in a guider's transformer_options while it samples, and nowhere else.
+
+    Patches find it through `current_run(extra_options)` and ask `feature(...)`.
+    """
+
+    def __init__(self, guider: Any):
+        self._guider = guider
+        self._banks: dict[int, _BankReader] = {}
+        self._memo: dict[Any, Any] = {}
+
+    def memo(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, computed once a run: for values that no step changes."""
+        if key not in self._memo:
+            self._memo[key] = compute()
+        return self._memo[key]
+
+    def use(self, bank: FeatureBank, keys: Iterable[FeatureKey]) -> None:
+        reader = self._banks.setdefault(id(bank), _BankReader(bank))
+        reader.keys.update(keys)
+
+    def prepare(self) -> None:
+        for reader in self._banks.values():
+            reader.prepare(self._guider)
+
+    def advance(self, sigma: float) -> None:
+        for reader in self._banks.values():
+            reader.advance(self._guider, sigma)
+
+    def feature(self, bank: FeatureBank, key: FeatureKey, sigma: float, like: torch.Tensor) -> torch.Tensor:
+        """(Bf, ...) features of the step at `sigma`, on `like`'s device and dtype; Bf is the bank's batch."""
+        return self._banks[id(bank)].read(self._guider, key, sigma, like)
+
+    def replaced_attention(self, kind: str, place: tuple) -> Callable | None:
+        """Another node's attn1/attn2 replacement for (block, number, depth), if there is one."""
+        slots = self._guider.model_options["transformer_options"].get("patches_replace", {}).get(kind, {})
+        return slots.get(place, slots.get(place[:2]))
+
+    @property
+    def network(self) -> Any:
+        return self._guider.model_patcher.model.diffusion_model
+
+    @property
+    def model_sampling(self) -> Any:
+        return self._guider.inner_model.model_sampling
+
+
+class _BankReader:
+    """One bank during one run: the step's tensors, read or recomputed once."""
+
+    def __init__(self, bank: FeatureBank):
+        self.bank = bank
+        self.keys: set[FeatureKey] = set()
+        self._store = bank.store
+        self._step = 0
+        self._tensors: dict[FeatureKey, torch.Tensor] = {}
+        self._conds: list | None = None
+        self._warned = False
+
+    def prepare(self, guider: Any) -> None:
+        """Features of a MODEL with other weights than the sampled one cannot be made beside it without swapping
+        weights at every step: they are made once now, for this run only."""
+        bank = self.bank
+        if self._store is not None or same_weights(bank.model, guider.model_patcher):
+            return
+        shapes = feature_shapes(inspect_model(bank.model), self.keys, bank.trajectory)
+        store = MemoryStore(shapes, bank.trajectory.steps, storage_dtype(bank.model, "half"), torch.device("cpu"))
+        logging.info(
+            "Pastiche: the reference model's weights differ from the sampled one's, "
+            "so its features are computed once for this run (%s of RAM).", readable_size(store.nbytes),
+        )
+        record(bank.model, bank.trajectory, self.keys, store.write)
+        self._store = store
+
+    def advance(self, guider: Any, sigma: float) -> None:
+        step = self._nearest(sigma)
+        if step == self._step:
+            return
+        self._step = step
+        self._tensors = {}
+        if self._store is None:
+            self._recompute(guider)
+
+    def read(self, guider: Any, key: FeatureKey, sigma: float, like: torch.Tensor) -> torch.Tensor:
+        self.advance(guider, sigma)
+        if key not in self._tensors:
+            self._tensors[key] = self._store.read(key, self._step, like.device)
+        tensor = self._tensors[key]
+        return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
+
+    def _nearest(self, sigma: float) -> int:
+        captured = self.bank.trajectory.sigmas[1:]
+        step = 1 + int((captured - sigma).abs().argmin())
+        found = float(captured[step - 1])
+        if not self._warned and abs(found - sigma) > SAME_SIGMA * sigma:
+            self._warned = True
+            logging.info("Pastiche: no features at sigma %.4f; using the nearest captured step (%.4f).", sigma, found)
+        return step
+
+    def _recompute(self, guider: Any) -> None:
+        """Runs the reference latent of this step through the model being sampled, with the bank's own options."""
+        trajectory, model = self.bank.trajectory, self.bank.model
+        device = guider.model_patcher.load_device
+        latent = trajectory.latents[self._step].to(device)
+        sigma = trajectory.sigmas[self._step].to(device).expand(trajectory.batch)
+        if self._conds is None:
+            conds = {"positive": comfy.sampler_helpers.convert_cond(trajectory.conditioning)}
+            self._conds = comfy.samplers.process_conds(guider.inner_model, latent, conds, device)["positive"]
+        options = comfy.model_patcher.create_model_options_clone(model.model_options)
+        transformer_options = options.setdefault("transformer_options", {})
+        wrappers = transformer_options.setdefault("wrappers", {})
+        comfy.patcher_extension.merge_nested_dicts(wrappers, model.wrappers, copy_dict1=False)
+        transformer_options["sample_sigmas"] = trajectory.schedule.to(device)
+
+        def emit(key: FeatureKey, tensor: torch.Tensor) -> None:
+            self._tensors[key] = tensor[: trajectory.batch].clone()
+
+        add_capture(transformer_options, guider.inner_model.diffusion_model, self.keys, emit)
+        comfy.samplers.calc_cond_batch(guider.inner_model, [self._conds], latent, sigma, options)
+
+
+def same_weights(a: Any, b: Any) -> bool:
+    """Whether two MODELs share their weights and weight patches, so that one may run for the other."""
+    return a.model is b.model and a.patches_uuid == b.patches_uuid and a.injections.keys() == b.injections.keys()
+
+
+def attach_banks(
+    model: Any,
+    banks: Iterable[tuple[FeatureBank, Iterable[FeatureKey]]],
+    check: Callable[[Any, torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Makes features available to patches of `model` (a clone) while it samples.
+
+    check(guider, noise (B, C, H, W), sigmas) runs first and raises ValueError where the banks do not fit.
+    """
+    banks = [(bank, tuple(keys)) for bank, keys in banks]
+
+    def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        guider = executor.class_obj
+        check(guider, noise, sigmas)
+        options = guider.model_options["transformer_options"]
+        owner = RUN not in options
+        run = options.setdefault(RUN, SamplingRun(guider))
+        try:
+            for bank, keys in banks:
+                run.use(bank, keys)
+            run.prepare()
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            if owner:
+                del options[RUN]
+
+    def predict_noise(executor, x, timestep, model_options=None, seed=None):
+        run = (model_options or {}).get("transformer_options", {}).get(RUN)
+        if run is not None:
+            run.advance(float(timestep.flatten()[0]))
+        return executor(x, timestep, model_options or {}, seed)
+
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, outer_sample)
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, WRAPPER_KEY, predict_noise)
+
+
+def current_run(options: dict) -> SamplingRun | None:
+    """The run of the forward that a patch's options belong to; None outside a sampling (training, another node)."""
+    return options.get(RUN)
+
+
+def current_sigma(options: dict) -> float:
+    return float(options["sigmas"].flatten()[0])
+
+
+def check_banks_schedule(bank: FeatureBank, sigmas: torch.Tensor, what: str, low: float = 0.0, high: float = float("inf")) -> None:
+    """Every sampling sigma in [low, high] must be one the bank was captured at."""
+    captured = bank.trajectory.sigmas[1:]
+    for sigma in sigmas.float().cpu().tolist():
+        if sigma <= 0 or not low <= sigma <= high:
+            continue
+        nearest = float(captured[(captured - sigma).abs().argmin()])
+        if abs(nearest - sigma) > SAME_SIGMA * sigma:
+            raise ValueError(
+                f"{what} were captured on another schedule ({bank.trajectory.steps} steps from sigma "
+                f"{float(captured[-1]):.3f}; sampling asks for sigma {sigma:.3f}, the nearest captured is {nearest:.3f}). "
+                "Connect the same SIGMAS to DDIM Inversion and to the sampler."
+            )
+
+
+def rows_of(features: torch.Tensor, rows: int, options: dict) -> torch.Tensor:
+    """(Bf, ...) -> (rows, ...): every condition's chunk of the batch gets the features of its own samples.
+
+    rows = chunks * B with the chunks of `cond_or_uncond` one after another; Bf is 1 or B.
+    """
+    if features.shape[0] == 1:
+        return features.expand(rows, *features.shape[1:])
+    chunks = len(options["cond_or_uncond"])
+    return features.repeat(chunks, *[1] * (features.ndim - 1))

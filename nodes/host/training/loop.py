@@ -1,0 +1,339 @@
+"""Trains a style LoRA (DiffStyler, sec. 4) inside a real sampling run of the MODEL it is for.
+
+Loading, offloading, other patches, conditioning and Cancel are ComfyUI's own; the "sampler" is the training loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...algorithms.inversion import ddim_step
+from ...algorithms.training import loss_weight, output_gain, signal_to_noise, step_generator, weighted_error
+from .adapters import Adapters, checkpointed, differentiable, norms_of_copies, recast_in_backward
+from .images import TrainingImages
+from .state import TrainingState
+
+INITIALISATION, PREVIEW = -1, -2  # steps of `step_generator` that are no training steps
+ACTIVATION_FACTOR = 4  # a training step's memory over an inference step's, for ComfyUI's estimate
+PREVIEW_STEPS = 12
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("model", *DTYPES)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """alpha 0 means alpha = rank; crop 1 means whole images; min_snr_gamma 0 means the plain loss."""
+
+    steps: int = 200
+    rank: int = 16
+    alpha: float = 0.0
+    learning_rate: float = 2e-4
+    targets: str = "qkv"
+    seed: int = 0
+    batch_size: int = 1
+    flip: bool = False
+    crop: float = 1.0
+    min_snr_gamma: float = 0.0
+    precision: str = "model"
+    gradient_checkpointing: bool = False
+    keep_on_cancel: bool = False
+    preview_every: int = 0
+
+
+@dataclass
+class TrainedLoRA:
+    """lora: standard keys, float32, CPU. note: why training ended early, or ""."""
+
+    lora: dict[str, Tensor]
+    losses: list[float]
+    steps: int
+    note: str = ""
+
+    def summary(self) -> str:
+        tail = self.losses[-10:]
+        return self.note or f"{self.steps} steps, mean loss of the last {len(tail)}: {sum(tail) / len(tail):.4f}"
+
+
+Report = Callable[[int, float, Tensor | None], None]
+"""(steps done, loss, preview latent (1, C, H, W) in model space or None)"""
+
+
+def train_style_lora(
+    model: Any,
+    images: TrainingImages,
+    positive: list,
+    settings: TrainingSettings,
+    report: Report = lambda step, loss, preview: None,
+    state: TrainingState | None = None,
+) -> TrainedLoRA:
+    """Trains until `settings.steps` steps are done, counting those that `state` brings along; `state` is updated.
+
+    positive: one CONDITIONING entry, or one per image. Raises ValueError for inputs that do not fit, when no
+    memory is left at batch 1, and when the first loss is not finite.
+    """
+    _check(positive, images, settings)
+    with torch.inference_mode(False), torch.no_grad():
+        patched = model.clone()
+        options = patched.model_options["transformer_options"]
+        # Some of ComfyUI's attention kernels (sage, sub-quadratic) have no gradient or a slow one.
+        options.setdefault("optimized_attention_override", lambda function, *a, **k: attention_pytorch(*a, **k))
+        patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "pastiche", _reserve_activations)
+        guider = comfy.samplers.CFGGuider(patched)
+        guider.inner_set_conds({"positive": _ordinary(positive)})
+        guider.set_cfg(1.0)
+        loop = _TrainingLoop(images, settings, report, state or TrainingState())
+        blank = torch.zeros(settings.batch_size, *images.shape[1:])
+        sampling = patched.get_model_object("model_sampling")
+        guider.sample(blank, blank, loop, comfy.samplers.calculate_sigmas(sampling, "simple", PREVIEW_STEPS), seed=0)
+        return loop.result
+
+
+def _check(positive: list, images: TrainingImages, settings: TrainingSettings) -> None:
+    if len(positive) not in (1, len(images)):
+        raise ValueError(
+            f"positive: got {len(positive)} conditionings for {len(images)} image(s); "
+            "connect one for all of them, or one each (in order, with Conditioning Combine)."
+        )
+    if any(entry[0] is not None and not bool(torch.isfinite(entry[0]).all()) for entry in positive):
+        raise ValueError("positive: holds NaN or infinite values; the text encoder overflowed (try --fp32-text-enc).")
+    if settings.steps < 1 or settings.rank < 1 or settings.batch_size < 1:
+        raise ValueError(
+            "steps, rank and batch_size must be at least 1, got "
+            f"{settings.steps}, {settings.rank} and {settings.batch_size}."
+        )
+
+
+def _reserve_activations(executor, model, noise_shape, *args, **kwargs):
+    return executor(model, [noise_shape[0] * ACTIVATION_FACTOR, *noise_shape[1:]], *args, **kwargs)
+
+
+def _ordinary(value: Any) -> Any:
+    """A copy of a CONDITIONING whose tensors autograd may save."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, (list, tuple)):
+        return [_ordinary(part) for part in value]
+    if type(value) is dict:
+        return {name: _ordinary(part) for name, part in value.items()}
+    return value
+
+
+class _TrainingLoop(comfy.samplers.Sampler):
+    def __init__(self, images: TrainingImages, settings: TrainingSettings, report: Report, state: TrainingState):
+        self._images, self._settings, self._report, self._state = images, settings, report, state
+        self._micro = settings.batch_size
+        self.result: TrainedLoRA | None = None
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        settings, state = self._settings, self._state
+        self._guider, self._extra_args, self._sigmas = model_wrap, extra_args, sigmas
+        self._conds = model_wrap.conds["positive"]
+        self._model = model = model_wrap.inner_model
+        self._device = model_wrap.model_patcher.load_device
+        self._adapters = Adapters(
+            model.diffusion_model, settings.targets, settings.rank, settings.alpha or settings.rank,
+            step_generator(settings.seed, INITIALISATION),
+        ).to(self._device)
+        parameters = self._adapters.parameters()
+        optimizer = torch.optim.AdamW(
+            parameters, lr=settings.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2,
+            fused=self._device.type in ("cpu", "cuda"),
+        )
+        scaler = torch.amp.GradScaler(self._device.type, enabled=self._compute_dtype() == torch.float16)
+        state.restore(self._adapters, optimizer, scaler)
+        note = ""
+        with ExitStack() as self._stack:
+            self._stack.enter_context(_deterministic(self._device))
+            self._stack.enter_context(_kernels_with_gradients())
+            self._stack.enter_context(differentiable(model))
+            self._stack.enter_context(recast_in_backward(model.diffusion_model, settings.precision in DTYPES))
+            self._stack.enter_context(norms_of_copies(model.diffusion_model))
+            self._stack.enter_context(self._adapters.attached())
+            self._checkpointing = settings.gradient_checkpointing
+            if self._checkpointing:
+                self._stack.enter_context(checkpointed(model.diffusion_model))
+            try:
+                note = self._train(parameters, optimizer, scaler)
+            except comfy.model_management.InterruptProcessingException:
+                state.save(self._adapters, optimizer, scaler, force=True)
+                if not settings.keep_on_cancel or state.step == 0:
+                    raise
+                note = f"Cancelled after {state.step} of {settings.steps} steps; what was learned so far is kept."
+                logging.info("Pastiche: %s", note)
+            else:
+                state.save(self._adapters, optimizer, scaler, force=True)
+            losses = list(state.losses)
+            if len(losses) == 1:  # core's loss graph needs two points: the same draw after the step
+                losses.append(self._step(0, None))
+        self.result = TrainedLoRA(self._adapters.state_dict(), losses, state.step, note)
+        return latent_image
+
+    def _train(self, parameters: list, optimizer: Any, scaler: Any) -> str:
+        settings, state = self._settings, self._state
+        good = [parameter.detach().clone() for parameter in parameters]
+        while state.step < settings.steps:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            loss = self._step(state.step, scaler)
+            if not torch.isfinite(torch.tensor(loss)):
+                reason = f"The loss became {loss} at step {state.step + 1}: {self._cause(state.step)}"
+                optimizer.zero_grad(set_to_none=True)
+                if state.step == 0:
+                    raise ValueError(reason)
+                torch._foreach_copy_([parameter.data for parameter in parameters], good)
+                logging.warning("Pastiche: %s The weights of the last good step are kept.", reason)
+                return reason
+            torch._foreach_copy_(good, [parameter.data for parameter in parameters])
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            state.advance(loss)
+            due = settings.preview_every and state.step % settings.preview_every == 0
+            self._report(state.step, loss, self._preview() if due else None)
+            state.save(self._adapters, optimizer, scaler)
+        return ""
+
+    def _step(self, step: int, scaler: Any) -> float:
+        """Loss of one training step; leaves its gradients. Where memory runs out, splits the batch and tries again."""
+        batch = self._draw(step)
+        while True:
+            try:
+                return self._accumulate(*batch, scaler)
+            except Exception as error:
+                if not _out_of_memory(error):
+                    raise
+            for parameter in self._adapters.parameters():
+                parameter.grad = None
+            comfy.model_management.soft_empty_cache()
+            if self._micro > 1:
+                self._micro = (self._micro + 1) // 2
+                logging.warning("Pastiche: out of memory, going on with %d image(s) at a time.", self._micro)
+            elif not self._checkpointing:
+                self._checkpointing = True
+                self._stack.enter_context(checkpointed(self._model.diffusion_model))
+                logging.warning("Pastiche: out of memory, going on with gradient checkpointing.")
+            else:
+                height, width = self._images.shape[-2:]
+                raise ValueError(
+                    f"Out of memory training on a {height}x{width} latent, one image at a time with gradient "
+                    "checkpointing. Use a smaller image, a crop below 1, or precision bf16."
+                )
+
+    def _draw(self, step: int) -> tuple[list[int], Tensor, Tensor, Tensor]:
+        """(image numbers, clean latents, sigmas, noise), all from this step's own generator."""
+        settings, sampling = self._settings, self._model.model_sampling
+        generator = step_generator(settings.seed, step)
+        count = len(self._images)
+        indices = [(step * settings.batch_size + row) % count for row in range(settings.batch_size)]
+        latents = self._images.draw(indices, generator, settings.flip, settings.crop)
+        level = (torch.rand(len(indices), generator=generator) * len(sampling.sigmas)).long()
+        noise = torch.randn(latents.shape, generator=generator)
+        latents = self._model.process_latent_in(latents.to(self._device))
+        return indices, latents, sampling.sigmas[level.to(sampling.sigmas.device)].to(latents), noise.to(self._device)
+
+    def _accumulate(self, indices: list[int], latents: Tensor, sigma: Tensor, noise: Tensor, scaler: Any) -> float:
+        """Mean loss of a batch. With a scaler its gradients are added up, without one nothing is differentiated."""
+        total = 0.0
+        for rows in self._micro_batches(indices):
+            with torch.set_grad_enabled(scaler is not None):
+                losses = self._losses(self._conds_of(indices[rows[0]]), latents[rows], sigma[rows], noise[rows])
+                loss = losses.sum() / len(indices)
+                if scaler is not None:
+                    scaler.scale(loss).backward()
+            total += float(loss.detach())
+        return total
+
+    def _micro_batches(self, indices: list[int]) -> Iterator[list[int]]:
+        """Rows that can share a forward: at most `micro` of them, of one caption."""
+        captions = [index if len(self._conds) > 1 else 0 for index in indices]
+        for caption in dict.fromkeys(captions):
+            rows = [row for row, own in enumerate(captions) if own == caption]
+            for start in range(0, len(rows), self._micro):
+                yield rows[start : start + self._micro]
+
+    def _losses(self, conds: list, latents: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        sampling = self._model.model_sampling
+        gain = output_gain(sampling.calculate_denoised, sigma)
+        weight = loss_weight(gain, signal_to_noise(sampling.noise_scaling, sigma), self._settings.min_snr_gamma)
+        denoised = self._denoise(sampling.noise_scaling(sigma, noise, latents), sigma, conds)
+        return weighted_error(denoised, latents, weight)
+
+    def _denoise(self, x: Tensor, sigma: Tensor, conds: list) -> Tensor:
+        self._guider.conds["positive"] = conds
+        dtype = DTYPES.get(self._settings.precision)
+        with torch.autocast(self._device.type, dtype=dtype) if dtype else nullcontext():
+            return self._guider(x, sigma, **self._extra_args).float()
+
+    def _conds_of(self, image: int) -> list:
+        return [self._conds[image]] if len(self._conds) > 1 else self._conds
+
+    def _compute_dtype(self) -> torch.dtype:
+        return DTYPES.get(self._settings.precision) or self._model.get_dtype_inference()
+
+    def _preview(self) -> Tensor:
+        """A sample of the LoRA so far, always from the same noise: (1, C, H, W) in model space."""
+        sampling, sigmas = self._model.model_sampling, self._sigmas
+        noise = torch.randn(self._images.shape, generator=step_generator(self._settings.seed, PREVIEW)).to(self._device)
+        x = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), True)
+        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+            x = ddim_step(x, self._denoise(x, sigma.expand(1), self._conds_of(0)), sigma, sigma_next)
+        return x
+
+    def _cause(self, step: int) -> str:
+        """Why the loss of a step is not finite: asks the model without the LoRA."""
+        indices, latents, sigma, noise = self._draw(step)
+        with self._adapters.detached():
+            plain = self._accumulate(indices, latents, sigma, noise, None)
+        if plain == plain and abs(plain) != float("inf"):
+            return f"the LoRA diverged. Use a learning_rate below {self._settings.learning_rate:g}, or min_snr_gamma 5."
+        kind = str(self._compute_dtype()).removeprefix("torch.")
+        return (
+            f"the model itself predicts NaN at sigma {float(sigma.max()):.3f} in {kind}, even without the LoRA. "
+            "Choose precision bf16, or start ComfyUI with --force-fp32."
+        )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return (
+        comfy.model_management.is_oom(error)
+        or isinstance(error, MemoryError)
+        or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
+    )
+
+
+@contextmanager
+def _kernels_with_gradients() -> Iterator[None]:
+    """ComfyUI's own switch for training: its fused kernels (rotary embeddings, for one) have no backward pass."""
+    before = getattr(comfy.model_management, "in_training", False)
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """CUDA's kernels in their deterministic form, so that the same seed gives the same file; the CPU's always are."""
+    if device.type != "cuda":
+        yield
+        return
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill

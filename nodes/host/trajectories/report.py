@@ -1,0 +1,27 @@
+"""The picture and the numbers that tell how well an inversion can be undone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...algorithms.metrics import psnr
+from ...sockets import Trajectory
+from ..networks.fingerprint import fingerprint, require_same_model
+from .inversion import reconstruct
+
+
+def inversion_report(model: Any, trajectory: Trajectory, vae: Any, amplify: float) -> tuple[torch.Tensor, float, float]:
+    """Reconstructs a trajectory and compares it with what was inverted.
+
+    Returns a BHWC picture (original | reconstruction | amplified difference around grey), the PSNR in latent
+    space (peak: the original's range) and in pixels (peak 1), both in dB against the VAE's own decode.
+    """
+    require_same_model(fingerprint(model), trajectory.fingerprint, "The trajectory's latents")
+    original = model.model.process_latent_out(trajectory.latents[0])
+    result = reconstruct(model, trajectory)
+    in_latents = psnr(result, original, float(original.max() - original.min()))
+    before, after = (vae.decode(latent)[..., :3].float().cpu() for latent in (original, result))
+    difference = (0.5 + amplify * (after - before)).clamp(0, 1)
+    return torch.cat([before, after, difference], dim=2), in_latents, psnr(after, before, 1.0)
