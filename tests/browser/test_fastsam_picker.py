@@ -11,7 +11,6 @@ from support import segmenters
 pytest.importorskip("ultralytics", reason="needs ultralytics: pip install --no-deps ultralytics opencv-python-headless")
 
 WIDTH, HEIGHT = 400, 300
-SHIFT, CTRL, ALT = 8, 2, 1
 NODE = "PasticheFastSAMPrompt"
 
 _VIEW = f"""(selector) => {{
@@ -129,7 +128,7 @@ def test_load_image_is_shown_before_any_run(picker):
 def test_mouse_points_box_undo_redo_delete_clear(picker):
     picker.click(100, 80)
     picker.click(300, 200, button="right")
-    picker.click(350, 40, modifiers=SHIFT)
+    picker.click(350, 40, modifiers=["Shift"])
     picker.drag((40, 150), (160, 250))
     assert picker.drawn == (1, 2, 1)
     near(picker.points["positive"], [(100, 80)])
@@ -139,10 +138,10 @@ def test_mouse_points_box_undo_redo_delete_clear(picker):
     near([box], [(40, 150)], 2)
     assert abs(box["width"] - 120) <= 2 and abs(box["height"] - 100) <= 2
 
-    picker.page.key("z", CTRL)
-    picker.page.key("z", CTRL)
+    picker.page.key("Control+z")
+    picker.page.key("Control+z")
     assert picker.drawn == (1, 1, 0) and picker.boxes == []
-    picker.page.key("z", CTRL | SHIFT)
+    picker.page.key("Control+Shift+z")
     picker.press("redo")
     assert picker.drawn == (1, 2, 1)
     picker.press("undo")
@@ -154,7 +153,7 @@ def test_mouse_points_box_undo_redo_delete_clear(picker):
     picker.click(300, 200)  # selects
     picker.page.key("Delete")
     near(picker.points["negative"], [(350, 40)])
-    picker.click(350, 40, modifiers=ALT)
+    picker.click(350, 40, modifiers=["Alt"])
     assert picker.drawn == (1, 0, 1)
     picker.press("clear")
     assert picker.drawn == (0, 0, 0)
@@ -186,23 +185,23 @@ def test_keyboard_alone(picker):
     key = picker.page.key
     key("Enter")
     near(picker.points["positive"], [(200, 150)])
-    key("ArrowRight", SHIFT)  # a tenth of the longer side
+    key("Shift+ArrowRight")  # a tenth of the longer side
     key("n")
     near(picker.points["negative"], [(240, 150)])
     key("b")
-    key("ArrowDown", SHIFT)
-    key("ArrowLeft", SHIFT)
+    key("Shift+ArrowDown")
+    key("Shift+ArrowLeft")
     key("b")
     (box,) = picker.boxes
     assert (box["x"], box["y"], box["width"], box["height"]) == (200, 150, 40, 40)
     key("Escape")
     key("]")
     key("ArrowUp")
-    key("ArrowUp", SHIFT)
+    key("Shift+ArrowUp")
     near(picker.points["positive"], [(200, 139)], 0)
     key("Delete")
     assert picker.drawn == (0, 1, 1)
-    key("z", CTRL)
+    key("Control+z")
     assert picker.drawn == (1, 1, 1)
 
 
@@ -321,15 +320,14 @@ def test_picker_reads_what_the_node_reads(ui, points, boxes):
 
 
 def test_high_dpi_and_resized_node(picker):
-    width, height = picker.page.size
     small = picker.at(WIDTH, 0)[0] - picker.at(0, 0)[0]
     try:
-        picker.page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2, mobile=False)
+        picker.page.pixel_ratio(2)
         time.sleep(0.5)
         picker.click(120, 90)
         near(picker.points["positive"], [(120, 90)])
     finally:
-        picker.page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        picker.page.pixel_ratio(1)
     picker.page.evaluate(
         f'() => {{ app.graph.nodes.find((n) => n.type === "{NODE}").setSize([760, 1100]); app.canvas.setDirty(true, true); }}'
     )

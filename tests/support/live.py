@@ -9,6 +9,7 @@ Fixtures (all session-wide, started when first asked for):
 Without a browser the browser tests are skipped, under CI they fail.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -75,8 +76,12 @@ def server(live_host, tmp_path_factory, artifacts):
 
 @pytest.fixture(scope="session")
 def page():
+    reason = None
     if environment.find_chromium() is None:
         reason = "no Chromium or Chrome found: install one (tools/test.py does with apt-get as root) or set CHROMIUM"
+    elif importlib.util.find_spec("playwright") is None:
+        reason = "no Playwright: pip install playwright"
+    if reason:
         if environment.IN_CI:
             pytest.fail(reason)
         pytest.skip(reason)
