@@ -18,6 +18,7 @@ export function findSource(node, inputName) {
   for (let depth = 0; current && depth < DEPTH; depth++) {
     const file = chosenFile(current);
     if (file) return { url: viewUrl(file), exact };
+    if (current.pasticheSource) return { url: current.pasticheSource, exact }; // Sample Picture
     if (current.imgs?.length && !current.isVirtualNode) return { url: current.imgs[0].src, exact };
     if (!isReroute(current)) exact = false;
     const next = (current.inputs ?? []).findIndex((input) => input.link != null && (isReroute(current) || input.type === "IMAGE"));

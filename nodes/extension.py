@@ -11,6 +11,7 @@ from .host.version import warn_if_too_old
 from .injectfusion import HSpaceSlerp, InjectFusionSampler
 from .inversion import DDIMInversion, InversionReport
 from .mini import LoadMini
+from .samples import SamplePicture
 from .multistyle import MultiStyleGuiderNode, StyleEntryNode
 from .views import FeaturePCA, StyleSimilarity
 from .styleid import LatentAdaIN, StyleInjection
@@ -40,6 +41,7 @@ class PasticheExtension(ComfyExtension):
             InjectFusionSampler,
             LoadUnconditional,
             LoadMini,
+            SamplePicture,
             TrainStyleLoRA,
             FeatureInjection,
             TrajectoryBlend,
