@@ -7,7 +7,8 @@ import torch
 from support.models import randomize, tiny_cond, tiny_unet
 
 from pastiche.nodes.host.training import loop as lora_training
-from pastiche.nodes.host.training.adapters import Adapters, checkpointed, recast_in_backward
+from pastiche.nodes.host.training.adapters import Adapters
+from pastiche.nodes.host.training.backward import checkpointed, differentiable, recast_in_backward
 from pastiche.nodes.host.training.loop import TrainingSettings, train_style_lora
 from pastiche.nodes.host.training.images import TrainingImages, encode_posterior, training_images
 from pastiche.nodes.host.training.job import train_for_node
@@ -138,6 +139,27 @@ def test_inference_mode_models_train():
         trained = train(model, cond=cond)
         assert_untouched(model, before)
     assert same(trained.lora, train(tiny_unet()).lora)
+
+
+def test_weights_made_in_inference_mode_and_moved_outside_of_it_train():
+    """What loading on a device does: such weights count as ordinary ones and still have no version counter."""
+    with torch.inference_mode():
+        model = tiny_unet()
+    for parameter in model.model.parameters():
+        parameter.data = parameter.data.clone()
+    before = state_of(model)
+    assert not next(model.model.parameters()).is_inference()
+    trained = train(model)
+    assert_untouched(model, before)
+    assert same(trained.lora, train(tiny_unet()).lora)
+
+
+def test_replaced_weights_keep_the_attributes_that_comfyui_put_on_them():
+    with torch.inference_mode():
+        layer = torch.nn.Linear(2, 2)
+    layer.weight._model_dtype = torch.float16
+    with differentiable(layer):
+        assert not layer.weight.is_inference() and layer.weight._model_dtype == torch.float16
 
 
 @pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16])

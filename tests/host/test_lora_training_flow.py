@@ -11,7 +11,8 @@ import torch
 from support.models import randomize
 
 from pastiche.nodes.algorithms.training import step_generator
-from pastiche.nodes.host.training.adapters import Adapters, checkpointed, differentiable, norms_of_copies
+from pastiche.nodes.host.training.adapters import Adapters
+from pastiche.nodes.host.training.backward import checkpointed, differentiable, norms_of_copies
 from pastiche.nodes.host.training.loop import TrainingSettings, train_style_lora
 from pastiche.nodes.host.training.images import TrainingImages
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ...algorithms.inversion import ddim_step
 from ...algorithms.training import loss_weight, output_gain, signal_to_noise, step_generator, weighted_error
-from .adapters import Adapters, checkpointed, differentiable, norms_of_copies, recast_in_backward
+from .adapters import Adapters
+from .backward import checkpointed, differentiable, norm_weights_kept, norms_of_copies, recast_in_backward
 from .images import TrainingImages
 from .state import TrainingState
 
@@ -157,6 +158,7 @@ class _TrainingLoop(comfy.samplers.Sampler):
             self._stack.enter_context(_kernels_with_gradients())
             self._stack.enter_context(differentiable(model))
             self._stack.enter_context(recast_in_backward(model.diffusion_model, settings.precision in DTYPES))
+            self._stack.enter_context(norm_weights_kept(model.diffusion_model))
             self._stack.enter_context(norms_of_copies(model.diffusion_model))
             self._stack.enter_context(self._adapters.attached())
             self._checkpointing = settings.gradient_checkpointing
