@@ -5,7 +5,8 @@ The pack is imported as `pastiche`: a bare module whose __path__ is the reposito
 `nodes/` never meets ComfyUI's own `nodes` module. Test files need names unique in the whole suite.
 Without ComfyUI only tests/algorithms runs; under CI a missing ComfyUI is an error.
 
-PASTICHE_TEST_DEVICE=cuda runs the ComfyUI tests on the GPU (default: CPU, as in CI).
+PASTICHE_TEST_DEVICE: cpu (default), simulated (support/simulated_cuda; tests/host and tests/nodes, as in CI) or cuda,
+a real GPU. support/devices.py has the memory modes in which tests marked `device` run there.
 """
 
 import atexit
@@ -17,6 +18,8 @@ import types
 from pathlib import Path
 
 import pytest
+
+from support.devices import MODES, ON_CPU, SIMULATED, TEST_DEVICE, available_modes, memory_mode
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDS_COMFYUI = ("host", "nodes", "server", "browser")
@@ -30,6 +33,19 @@ def _find_comfyui() -> Path | None:
     if named:
         raise pytest.UsageError(f"COMFYUI_PATH is {named}, which is no ComfyUI folder (it has no comfy/sd.py)")
     return None
+
+
+def _make_device() -> None:
+    if TEST_DEVICE not in ("cpu", "simulated", "cuda"):
+        raise pytest.UsageError(f"PASTICHE_TEST_DEVICE is {TEST_DEVICE}; it can be cpu, simulated or cuda")
+    if SIMULATED:
+        from support import simulated_cuda
+        from support.simulated_cuda.build import BuildError
+
+        try:
+            simulated_cuda.install()
+        except (BuildError, ImportError) as error:
+            raise pytest.UsageError(str(error)) from error
 
 
 def _register_pack() -> None:
@@ -49,7 +65,7 @@ def _prepare_comfyui(path: Path) -> None:
     # comfy reads its options when first imported, so they are set before anything else of it is
     from comfy.cli_args import args
 
-    args.cpu = os.environ.get("PASTICHE_TEST_DEVICE", "cpu") == "cpu"
+    args.cpu = ON_CPU
     args.use_pytorch_cross_attention = True
     base = tempfile.mkdtemp(prefix="pastiche-base-")
     atexit.register(shutil.rmtree, base, ignore_errors=True)
@@ -58,6 +74,7 @@ def _prepare_comfyui(path: Path) -> None:
     args.base_directory = base
 
 
+_make_device()
 COMFYUI = _find_comfyui()
 _register_pack()
 sys.path.append(str(ROOT / "tools"))  # `host`: environment, server, browser
@@ -78,10 +95,43 @@ def pytest_configure(config):
     torch.set_num_threads(min(torch.get_num_threads(), 4))
 
 
+def pytest_generate_tests(metafunc):
+    marker = metafunc.definition.get_closest_marker("device")
+    if marker is None or ON_CPU:
+        return
+    unknown = set(marker.args) - set(MODES)
+    if unknown:
+        raise pytest.UsageError(f"{metafunc.definition.nodeid}: memory modes {sorted(unknown)} are none of {', '.join(MODES)}")
+    metafunc.fixturenames.insert(0, "memory")
+    metafunc.parametrize("memory", [mode for mode in available_modes() if mode in (marker.args or MODES)], indirect=True)
+
+
+@pytest.fixture
+def memory(request):
+    """The memory mode a test marked `device` runs in; its name."""
+    name = getattr(request, "param", "default")
+    with memory_mode(name):
+        yield name
+
+
+@pytest.fixture(autouse=SIMULATED)
+def no_races():
+    """Fails a test in which pinned memory changed before the simulated device had read it."""
+    if not SIMULATED:
+        yield
+        return
+    from support.simulated_cuda import device
+
+    device.clear_races()
+    yield
+    found = device.races()
+    assert not found, "asynchronous copies raced: " + "; ".join(sorted(set(found)))
+
+
 def pytest_report_header(config):
     import torch
 
-    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads"]
+    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {TEST_DEVICE}"]
     if COMFYUI is None:
         lines.append("ComfyUI: not found, so only tests that do not need it (set COMFYUI_PATH or use tools/test.py)")
     else:

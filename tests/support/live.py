@@ -11,7 +11,6 @@ Without a browser the browser tests are skipped, under CI they fail.
 
 import importlib.util
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +20,8 @@ from host import environment, graph
 from host.browser import Browser
 from host.comfy import Server, make_base
 from host.frontend import Frontend
+
+from .devices import TEST_DEVICE
 
 ROOT = environment.ROOT
 API_WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
@@ -68,7 +69,7 @@ def server(live_host, tmp_path_factory, artifacts):
         graph.provide_files(json.loads(path.read_text()), base)
     for image in graph.SAMPLES.glob("*.[jp][pn]g"):
         shutil.copy(image, base / "input" / image.name)
-    running = Server(live_host, base, cpu=os.environ.get("PASTICHE_TEST_DEVICE", "cpu") == "cpu")
+    running = Server(live_host, base, cpu=TEST_DEVICE != "cuda")
     with running:
         yield running
         shutil.copy(running.log, artifacts / "server.log")

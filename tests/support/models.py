@@ -15,11 +15,14 @@ need `smooth_eps` or the mini model. Model outputs come back as float32 whatever
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 
 import comfy.latent_formats
+import comfy.memory_management
 import comfy.model_base
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models_base
@@ -64,7 +67,7 @@ def tiny_unet(
     in_channels: int = 4,
     cast: torch.dtype | None = None,
 ) -> comfy.model_patcher.ModelPatcher:
-    """A small random U-Net with the block positions of `family` as a MODEL on the CPU.
+    """A small random U-Net with the block positions of `family` as a MODEL for the device under test.
 
     Latents are (B, in_channels, h, w) with any h, w >= 8; contexts (B, tokens, context_dim). `channels`
     must be a multiple of 32 (group norm), heads divide it. sdxl takes adm vectors of 2816 through
@@ -105,10 +108,28 @@ def tiny_unet(
         }
     )
     config.set_inference_dtype(dtype, cast)
-    model = config.get_model({}, device=torch.device("cpu"))
+    with weights_at_once():
+        model = config.get_model({}, device=torch.device("cpu"))
     randomize(model.diffusion_model, seed)
-    device = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+    return as_model(model)
+
+
+def as_model(model: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
+    """The MODEL as core's loaders make it: computing on the device under test, at rest in main memory."""
+    return comfy.model_patcher.CoreModelPatcher(
+        model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    )
+
+
+@contextlib.contextmanager
+def weights_at_once():
+    """Under dynamic VRAM core's layers have no weights before a state dict is loaded; within this block they do."""
+    enabled = comfy.memory_management.aimdo_enabled
+    comfy.memory_management.aimdo_enabled = False
+    try:
+        yield
+    finally:
+        comfy.memory_management.aimdo_enabled = enabled
 
 
 def tiny_cond(model: comfy.model_patcher.ModelPatcher, tokens: int = 7, seed: int = 0, batch: int = 1) -> list:

@@ -72,12 +72,26 @@ def run_inside(host: Host, script: str, arguments: list[str]) -> int | None:
     sys.stdout.flush()
     if not WINDOWS:
         os.execve(command[0], command, variables)
-    process = subprocess.Popen(command, env=variables)
+    return wait(subprocess.Popen(command, env=variables))
+
+
+def wait(process: subprocess.Popen) -> int:
+    """The exit status of a child; Ctrl-C is left to the child, which gets it too and cleans up."""
     while True:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # the child got it too and is cleaning up
+        except KeyboardInterrupt:
             continue
+
+
+def lacks_simulated_device(host: Host) -> str:
+    """Why the tests' simulated CUDA device cannot be made on this machine, or ""."""
+    if not sys.platform.startswith("linux"):
+        return "it is for Linux"
+    if not shutil.which("g++"):
+        return "it needs g++ (installed with apt-get where this runs as root)"
+    asked = subprocess.run([str(host.python), "-c", "import torch; print(torch.version.cuda)"], capture_output=True, text=True)
+    return "" if asked.stdout.strip() == "None" else "it is for CPU builds of PyTorch; PASTICHE_TEST_DEVICE=cuda uses a GPU"
 
 
 def find_chromium() -> str | None:
@@ -152,6 +166,8 @@ def _steps(tests: bool):
         steps.append(("test packages", "tests", [requirements_key, pins.TEST_PACKAGES, pins.FASTSAM_PACKAGES], _install_test_packages))
         if not find_chromium() and _can_install_system_packages():
             steps.append(("Chromium (system package)", "chromium", [time.time()], _install_chromium))
+        if not shutil.which("g++") and _can_install_system_packages():
+            steps.append(("g++ (system package)", "g++", [time.time()], _install_compiler))
     for title, name, key, make in steps:
         yield _step, (title, name, key, make)
 
@@ -234,12 +250,20 @@ def _can_install_system_packages() -> bool:
 
 
 def _install_chromium() -> None:
+    _install_system_package("chromium")  # without it the browser tests say that they are skipped, and fail under CI
+
+
+def _install_compiler() -> None:
+    _install_system_package("g++")  # without it tools/test.py says that the simulated device is left out, and fails under CI
+
+
+def _install_system_package(name: str) -> None:
     variables = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     try:
         _run(["apt-get", "-qq", "update"], "apt-get update", variables)
-        _run(["apt-get", "-qq", "install", "-y", "--no-install-recommends", "chromium"], "apt-get install chromium", variables)
-    except SetupError as error:  # the browser tests say that they are skipped, and fail under CI
-        print(f"  no Chromium: {str(error).splitlines()[0]}", flush=True)
+        _run(["apt-get", "-qq", "install", "-y", "--no-install-recommends", name], f"apt-get install {name}", variables)
+    except SetupError as error:
+        print(f"  no {name}: {str(error).splitlines()[0]}", flush=True)
 
 
 def _pip(*arguments: str) -> None:
