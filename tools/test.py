@@ -35,7 +35,8 @@ def main(arguments: list[str]) -> int:
         print(f"simulated CUDA device: not run, {reason}", flush=True)
         return first or int(environment.IN_CI)
     print("\nsimulated CUDA device:", flush=True)
-    return first or run_pytest(host, [str(path) for path in ON_DEVICE], {"PASTICHE_TEST_DEVICE": "simulated"})
+    second = run_pytest(host, [str(path) for path in ON_DEVICE], {"PASTICHE_TEST_DEVICE": "simulated"})
+    return first or second
 
 
 def run_pytest(host: environment.Host, arguments: list[str], variables: dict[str, str] = {}) -> int:
