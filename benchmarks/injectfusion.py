@@ -27,10 +27,11 @@ from metrics import Metrics
 from report import add_outputs, pictures, publish, save_sheet
 
 from pastiche.nodes.algorithms.slerp import lerp
-from pastiche.nodes.host.features.capture import add_capture, capture
-from pastiche.nodes.host.injections.hspace import H_SPACE, INJECT, HSpaceInjection
+from pastiche.nodes.host.features.capture import capture
+from pastiche.nodes.host.injections.hspace import H_SPACE, INJECT, HSpacePatches
 from pastiche.nodes.host.injections.injectfusion_sampler import injectfusion_sampler
 from pastiche.nodes.host.trajectories.inversion import invert, reconstruct
+from pastiche.nodes.host.networks.families import find_adapter
 from pastiche.nodes.host.networks.mini import load_mini
 from support.sampling import schedule
 
@@ -38,14 +39,14 @@ T_EDIT, GAMMA = 400, 0.6
 PROBES = (50, 150, 300)
 
 
-class Lerp(HSpaceInjection):
+class Lerp(HSpacePatches):
     """(1 - g) h + g h_c."""
 
     def mix(self, h, content, gamma, mask):
         return lerp(h, content, gamma)
 
 
-class Replacement(HSpaceInjection):
+class Replacement(HSpacePatches):
     """h_c in the place of h."""
 
     def mix(self, h, content, gamma, mask):
@@ -77,8 +78,7 @@ class Bench:
 
     def injected(self, kind, gamma: float, omega: float):
         """(latent, cosines to the content and to the original, (2, B))."""
-        model, seen = self.model.clone(), []
-        kind(self.bank, gamma, T_EDIT, "both", None, "constant").install(model)
+        model, seen = kind(self.bank, gamma, T_EDIT, "both", None, "constant").install(self.model), []
 
         def note(args):
             flags = args["transformer_options"].get(INJECT)
@@ -101,8 +101,7 @@ class Bench:
         """[(B, C, h, w)] of a clean latent at every probed timestep, always with the same noise."""
         sampling, seen = self.model.get_model_object("model_sampling"), []
         options = comfy.model_patcher.create_model_options_clone(self.model.model_options)
-        network = self.model.model.diffusion_model
-        add_capture(options["transformer_options"], network, [H_SPACE], lambda key, h: seen.append(h.float()))
+        find_adapter(self.model).capture(options["transformer_options"], [H_SPACE], lambda key, h: seen.append(h.float()))
         x = self.model.model.process_latent_in(latent.float())
         noise = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))
         context = self.empty[0][0].expand(len(x), -1, -1)
@@ -158,7 +157,7 @@ def main():
     lines = [heads]
     sweep = []
     for gamma in options.gammas:
-        sweep.append(row(*bench.injected(HSpaceInjection, gamma, 0.0)))
+        sweep.append(row(*bench.injected(HSpacePatches, gamma, 0.0)))
         lines.append(show(f"gamma {gamma}", sweep[-1]))
         print(lines[-1], flush=True)
     steps = torch.stack(sweep).diff(dim=0)  # (gammas - 1, measures, pairs)
@@ -178,7 +177,7 @@ def main():
     ]
     for omega in options.omegas:
         ways = {"replacement": row(*bench.injected(Replacement, GAMMA, omega)), "lerp": row(*bench.injected(Lerp, GAMMA, omega)),
-                "slerp": row(*bench.injected(HSpaceInjection, GAMMA, omega))}
+                "slerp": row(*bench.injected(HSpacePatches, GAMMA, omega))}
         counts = [
             f"{name} below {other} in {int((ways[name][k] < ways[other][k]).sum())} pairs ({what})"
             for what, k in (("Gram", 4), ("statistics", 5)) for name, other in (("slerp", "lerp"), ("slerp", "replacement"))

@@ -16,7 +16,7 @@ from .multistyle import MultiStyleGuiderNode, StyleEntryNode
 from .views import FeaturePCA, StyleSimilarity
 from .styleid import LatentAdaIN, StyleInjection
 from .training import TrainStyleLoRA
-from .keep_outside import TrajectoryBlend
+from .keep_outside import KeepOutside
 from .unconditional import LoadUnconditional
 
 
@@ -44,7 +44,7 @@ class PasticheExtension(ComfyExtension):
             SamplePicture,
             TrainStyleLoRA,
             FeatureInjection,
-            TrajectoryBlend,
+            KeepOutside,
             StyleEntryNode,
             MultiStyleGuiderNode,
             LoadFastSAM,

@@ -2,13 +2,13 @@
 
 from comfy_api.latest import io
 
-from .host.injections.keep_outside import blend_trajectory
+from .host.injections.keep_outside import keep_content_outside
 from .sockets import TrajectorySocket
 
 CATEGORY = "pastiche/diffstyler"
 
 
-class TrajectoryBlend(io.ComfyNode):
+class KeepOutside(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -30,4 +30,4 @@ class TrajectoryBlend(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, trajectory, mask) -> io.NodeOutput:
-        return io.NodeOutput(blend_trajectory(model, trajectory, mask))
+        return io.NodeOutput(keep_content_outside(model, trajectory, mask))

@@ -92,10 +92,6 @@ class Trajectory:
         """The SIGMAS that sample this trajectory back: (S + 1,), descending to 0."""
         return self.sigmas.flip(0)
 
-    def at(self, sigma: float) -> torch.Tensor:
-        """(B, C, H, W) latent of the level nearest to `sigma`."""
-        return self.latents[int((self.sigmas - sigma).abs().argmin())]
-
 
 class FeatureStore(Protocol):
     """Where captured tensors live. Steps count from 1, as the trajectory's latents do (0 is the clean latent)."""

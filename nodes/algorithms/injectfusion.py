@@ -13,11 +13,11 @@ from torch import Tensor
 
 from .inversion import ddim_step, noise_prediction
 
-Schedule = Literal["constant", "increasing", "decreasing"]
+Ramp = Literal["constant", "increasing", "decreasing"]
 SCHEDULES: tuple[str, ...] = ("constant", "increasing", "decreasing")
 
 
-def gamma_schedule(gamma: float, count: int, schedule: Schedule) -> list[float]:
+def gamma_schedule(gamma: float, count: int, schedule: Ramp) -> list[float]:
     """The share injected at each of `count` injecting steps, from the noisy end on; always sums to gamma * count.
 
     The paper's Appendix G compares schedules of equal total. The ramps run linearly around `gamma` as wide as

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-BLOCKS = ("input", "middle", "output")
 _ITEM = re.compile(r"^(?:(input|middle|output)\b)?\s*(?:(\d+)(?:\s*-\s*(\d+))?)?$")
 
 

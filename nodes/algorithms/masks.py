@@ -8,6 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def as_batch(mask: Tensor) -> Tensor:
+    """(H, W) or (B, H, W) -> (B, H, W). Raises ValueError for other ranks."""
+    if mask.ndim == 2:
+        mask = mask[None]
+    if mask.ndim != 3:
+        raise ValueError(f"A mask must be (B, H, W) or (H, W), got shape {tuple(mask.shape)}.")
+    return mask
+
+
 def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """Resize soft masks by area: each target cell takes the mean of the source it covers.
 
@@ -17,10 +26,7 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
     exactly, so an all-zero mask is no mask and an all-one mask is everything.
     Raises ValueError for other ranks or an empty target.
     """
-    if mask.ndim == 2:
-        mask = mask[None]
-    if mask.ndim != 3:
-        raise ValueError(f"A mask must be (B, H, W) or (H, W), got shape {tuple(mask.shape)}.")
+    mask = as_batch(mask)
     if height < 1 or width < 1:
         raise ValueError(f"Cannot resize a mask to {height}x{width}; both sides must be at least 1.")
     if mask.shape[1:] == (height, width):

@@ -1,9 +1,10 @@
 import logging
+import math
 
 import pytest
 import torch
 from pastiche.nodes.host.features.capture import capture, feature_shapes
-from pastiche.nodes.host.networks.unet import inspect_model
+from pastiche.nodes.host.networks.families import find_adapter
 from pastiche.nodes.host.trajectories.inversion import invert
 from pastiche.nodes.host.injections.run import SamplingRun, _BankReader
 from pastiche.nodes.sockets import FeatureKey
@@ -22,7 +23,7 @@ def test_shapes_are_those_predicted_on_odd_sizes(family):
     model = tiny_unet(family)
     trajectory = trajectory_of(model)
     bank = capture(model, trajectory, STREAMS, "output 0-2, middle" if family == "sdxl" else "middle, output 5-11", "ram", "full")
-    predicted = feature_shapes(inspect_model(model), bank.keys, trajectory)
+    predicted = feature_shapes(find_adapter(model), bank.keys, trajectory)
     for key in bank.keys:
         assert tuple(bank.store.read(key, 1, torch.device("cpu")).shape) == predicted[key]
     assert bank.store.nbytes == sum(torch.Size(shape).numel() for shape in predicted.values()) * 4 * trajectory.steps
@@ -119,8 +120,8 @@ def test_size_is_estimated_before_capture_within_five_percent(caplog):
 
 def test_paper_setting_takes_at_most_1_2_gb_in_ram_and_10_mb_recomputed():
     """SD1.5 at 512x512, 50 steps, layers 6-11, half precision, style and content together."""
-    layout = inspect_model(tiny_unet("sd15", channel_mult=(1, 2, 4, 4)))  # SD1.5 at a tenth of its widths
-    elements = 10 * layout.elements(layout.keys("self_attention", "6-11"), 64, 64)
+    adapter = find_adapter(tiny_unet("sd15", channel_mult=(1, 2, 4, 4)))  # SD1.5 at a tenth of its widths
+    elements = 10 * sum(math.prod(adapter.shape(key, 64, 64)) for key in adapter.keys("self_attention", "6-11"))
     assert elements == 3 * 32 * 32 * 640 + 3 * 64 * 64 * 320
     assert 2 * elements * 2 * 50 <= 1.2e9
     assert 2 * 51 * 4 * 64 * 64 * 4 < 10e6

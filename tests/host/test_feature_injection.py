@@ -12,7 +12,8 @@ from support.sampling import random_latent, sample, schedule
 from pastiche.nodes.host.features.capture import capture
 from pastiche.nodes.host.injections.content import inject_features
 from pastiche.nodes.host.networks.fingerprint import fingerprint
-from pastiche.nodes.host.injections.run import RUN
+from pastiche.nodes.host.injections.schedule import Schedule
+from pastiche.nodes.host.networks.adapter import RUN
 from pastiche.nodes.sockets import Trajectory
 
 STREAMS = "residual, self_attention_qk, cross_attention"
@@ -146,10 +147,10 @@ def test_override_of_queries_and_keys_is_override_of_maps_in_float64():
 
     from pastiche.nodes.host.injections import content as feature_injection
 
-    class Injection(feature_injection.FeatureInjection):
+    class Injection(feature_injection.ContentPatches):
         def __init__(self, pair):
-            super().__init__(None, 0, 1.0, [], [], [], "override")
-            self.pair = pair
+            self.pair, self.attention_steps, self.mode = pair, 1.0, "override"
+            self.schedule = Schedule(torch.tensor([1.0, 0.0]))
 
         def _fitting(self, stream, slot, options, like):
             return self.pair[stream.endswith("k")]
@@ -158,17 +159,18 @@ def test_override_of_queries_and_keys_is_override_of_maps_in_float64():
         replaced_attention = staticmethod(lambda *_: None)
 
     slots = {kind: {("output", 3, 0): ours(kind)} for kind in ("attn1", "attn2")}
-    by_query = block(sample_x, prompt, {"block": ("output", 3), "block_index": 0, "patches_replace": slots, RUN: Run()})
+    by_query = block(sample_x, prompt, {"block": ("output", 3), "block_index": 0, "patches_replace": slots, RUN: Run(),
+                                      "sigmas": torch.ones(1)})
     assert (by_query - by_map).abs().max() < 1e-12
     assert (by_query - run(sample_x, prompt, record)).abs().max() > 1e-2
 
 
 def test_shares_count_steps(content, monkeypatch):
-    from pastiche.nodes.host.injections.content import FeatureInjection
+    from pastiche.nodes.host.injections.content import ContentPatches
 
     due = []
-    original = FeatureInjection._feature
-    monkeypatch.setattr(FeatureInjection, "_feature", lambda self, stream, place, options, like: (
+    original = ContentPatches._feature
+    monkeypatch.setattr(ContentPatches, "_feature", lambda self, stream, place, options, like: (
         due.append((stream.split("_")[0], float(options["sigmas"][0]))), original(self, stream, place, options, like))[1])
     content.sample(content.inject(feature_steps=0.5, attention_steps=0.25))
     steps = lambda kind: len({sigma for stream, sigma in due if stream == kind})
@@ -253,12 +255,12 @@ def test_refusals(content):
     with pytest.raises(ValueError, match="made with another model"):
         content.inject(tiny_unet(seed=1))
     bare = capture(content.model, content.trajectory, "self_attention_qk", "4-6", "recompute")
-    with pytest.raises(ValueError, match="lacks residual of output 3, output 4.*cross_attention of output 3"):
+    with pytest.raises(ValueError, match="lack residual of output 3, output 4.*cross_attention of output 3"):
         content.inject(bank=bare)
-    with pytest.raises(ValueError, match="lacks self_attention_qk of output 7"):
+    with pytest.raises(ValueError, match="lack self_attention_qk of output 7"):
         content.inject(bank=bare, self_attention_layers="4-7", feature_steps=0, cross_attention_layers="none")
     assert content.inject(bank=bare, feature_steps=0, cross_attention_layers="none")
-    with pytest.raises(ValueError, match="content: features are of a 8x8 latent, the sampled one is 16x8"):
+    with pytest.raises(ValueError, match="content: its latent is 8x8, the sampled one 16x8"):
         content.sample(content.inject(), random_latent(8, 16))
     with pytest.raises(ValueError, match="another schedule"):
         sample(content.inject(), content.noise, schedule(content.model, 7), content.positive)

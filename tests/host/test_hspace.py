@@ -10,7 +10,7 @@ from pastiche.nodes.algorithms.slerp import masked_slerp, resize_features, slerp
 from pastiche.nodes.host.features.capture import capture
 from pastiche.nodes.host.injections.hspace import H_SPACE, inject_content, sigma_of_timestep
 from pastiche.nodes.host.trajectories.inversion import invert
-from pastiche.nodes.host.injections.run import RUN
+from pastiche.nodes.host.networks.adapter import RUN
 from support.models import tiny_cond, tiny_unet
 from support.sampling import random_latent, sample, schedule
 
@@ -252,7 +252,7 @@ def test_bad_input_says_what_to_do(model, positive, bank):
     with pytest.raises(ValueError, match="constant, increasing, decreasing"):
         inject_content(model, bank, 0.6, 400, schedule="wavy")
     attention = capture(model, bank.trajectory, "self_attention", "6", "recompute")
-    with pytest.raises(ValueError, match='self_attention, not h_space.*streams "h_space"'):
+    with pytest.raises(ValueError, match='lack h_space of middle 0 .they are self_attention.*streams "h_space"'):
         inject_content(model, attention, 0.6, 400)
     with pytest.raises(ValueError, match="another model"):
         inject_content(tiny_unet(seed=1), bank, 0.6, 400)

@@ -6,7 +6,7 @@ from support.models import smooth_eps, tiny_cond, tiny_unet
 from support.sampling import random_latent, sample, schedule
 
 from pastiche.nodes.host.trajectories.inversion import invert, reconstruct
-from pastiche.nodes.host.injections.keep_outside import blend_trajectory
+from pastiche.nodes.host.injections.keep_outside import keep_content_outside
 
 
 def psnr(a, b):
@@ -28,7 +28,7 @@ class Scene:
         self.mask[..., 96:] = 1
 
     def sample(self, mask, noise=None, **options):
-        model = blend_trajectory(self.model, self.trajectory, mask)
+        model = keep_content_outside(self.model, self.trajectory, mask)
         return sample(model, self.noise if noise is None else noise, self.sigmas.clone(), options.pop("positive", self.other), **options)
 
 
@@ -79,7 +79,7 @@ def test_soft_edges_are_equation_six(scene):
 def test_masks_of_nothing_and_everything(scene):
     empty = scene.sample(torch.zeros(1, 8, 16))
     assert torch.equal(empty, scene.model.model.process_latent_out(scene.trajectory.latents[0]))
-    full = blend_trajectory(scene.model, scene.trajectory, torch.ones(64, 64))
+    full = keep_content_outside(scene.model, scene.trajectory, torch.ones(64, 64))
     assert full.wrappers == scene.model.wrappers
     assert torch.equal(scene.sample(torch.ones(1, 8, 16)), sample(scene.model, scene.noise, scene.sigmas, scene.other))
 
@@ -97,13 +97,13 @@ def test_batches_and_masks_of_their_own():
 
 
 def test_a_finer_schedule_walks_between_the_levels(scene):
-    model = blend_trajectory(scene.model, scene.trajectory, scene.mask)
+    model = keep_content_outside(scene.model, scene.trajectory, scene.mask)
     result = sample(model, scene.noise, schedule(scene.model, 12), scene.other)
     assert torch.equal(result[..., :4], scene.model.model.process_latent_out(scene.trajectory.latents[0])[..., :4])
 
 
 def test_refusals(scene):
-    model = blend_trajectory(scene.model, scene.trajectory, scene.mask)
+    model = keep_content_outside(scene.model, scene.trajectory, scene.mask)
     with pytest.raises(ValueError, match="its latent is 16x8, the sampled one 8x8"):
         sample(model, random_latent(8, 8), scene.sigmas, scene.other)
     with pytest.raises(ValueError, match="3 masks for 2 samples"):
@@ -111,7 +111,7 @@ def test_refusals(scene):
     with pytest.raises(ValueError, match="Connect the same SIGMAS"):
         sample(model, scene.noise, torch.cat([scene.sigmas[:1] * 2, scene.sigmas]), scene.other)
     with pytest.raises(ValueError, match="made with another model"):
-        blend_trajectory(tiny_unet(seed=3), scene.trajectory, scene.mask)
+        keep_content_outside(tiny_unet(seed=3), scene.trajectory, scene.mask)
 
 
 def test_works_with_several_styles(scene):
@@ -119,7 +119,7 @@ def test_works_with_several_styles(scene):
     from pastiche.nodes.sockets import StyleEntry
     import comfy.samplers
 
-    model = blend_trajectory(scene.model, scene.trajectory, scene.mask)
+    model = keep_content_outside(scene.model, scene.trajectory, scene.mask)
     guider = multi_style_guider(model, scene.other, scene.positive, 3.0, [StyleEntry(conditioning=scene.positive, mask=scene.mask)])
     out = guider.sample(torch.zeros_like(scene.noise), scene.noise, comfy.samplers.sampler_object("euler"), scene.sigmas, seed=0, disable_pbar=True)
     assert torch.equal(out[..., :4], scene.model.model.process_latent_out(scene.trajectory.latents[0])[..., :4])

@@ -5,7 +5,7 @@ import comfy.model_management
 import pytest
 import torch
 from pastiche.nodes.host.features.capture import capture
-from pastiche.nodes.host.networks.unet import inspect_model
+from pastiche.nodes.host.networks.families import find_adapter
 from pastiche.nodes.host.trajectories.inversion import invert, reconstruct
 from pastiche.nodes.host.injections.style import inject_style
 from support.models import load_real
@@ -26,7 +26,7 @@ def test_styleid_end_to_end(family):
     model = load_real(family)
     assert type(model.model.model_config).__name__ == name and model.model.model_type == prediction
     with pytest.raises(ValueError, match=sentence + ".*got output 11" if family == "sdxl" else sentence + ".*got output 12"):
-        inspect_model(model).places("11" if family == "sdxl" else "12")
+        find_adapter(model).places("11" if family == "sdxl" else "12")
     sigmas = schedule(model, 2)
 
     def prepare(seed, size):

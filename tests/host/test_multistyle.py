@@ -264,7 +264,7 @@ def test_features_are_a_style():
 
 def test_features_that_do_not_fit():
     model = tiny_unet()
-    with pytest.raises(ValueError, match="holds no self_attention features of output 5"):
+    with pytest.raises(ValueError, match="lack self_attention of output 5"):
         MultiStyleGuider(model, [StyleEntry(features=featured(model), layers="5-11")])
     with pytest.raises(ValueError, match="features of style 1 were made with another model"):
         MultiStyleGuider(tiny_unet(seed=2), [StyleEntry(features=featured(model), layers="6-11")])

@@ -6,7 +6,7 @@ import torch
 from pastiche.nodes.algorithms.styleid import injected_query
 from pastiche.nodes.host.features.capture import capture
 from pastiche.nodes.host.trajectories.inversion import invert
-from pastiche.nodes.host.injections.run import RUN
+from pastiche.nodes.host.networks.adapter import RUN
 from pastiche.nodes.host.injections.style import inject_style
 from support.models import tiny_cond, tiny_unet
 from support.sampling import random_latent, sample, schedule
@@ -348,7 +348,7 @@ def test_second_order_sampler_takes_the_nearest_step_and_says_so_once(scene, cap
 
 
 def test_an_injected_model_is_not_captured(scene):
-    with pytest.raises(ValueError, match="already carries an injection"):
+    with pytest.raises(ValueError, match="already carries Style Injection, which would be captured too"):
         capture(scene.inject(), scene.trajectory, "self_attention", "6")
 
 
@@ -356,13 +356,13 @@ def test_refusals_say_what_to_connect(scene):
     other = tiny_unet(seed=9)
     with pytest.raises(ValueError, match="made with another model"):
         inject_style(other, scene.style, scene.content, 0.75, 1.5, 1.0, "6-11", 0.0, 1.0, None)
-    with pytest.raises(ValueError, match=r"content: features are of a 8x8 latent, the sampled one is 10x8"):
+    with pytest.raises(ValueError, match=r"content: its latent is 8x8, the sampled one 10x8"):
         scene.sample(scene.inject(), noise=random_latent(8, 10))
     with pytest.raises(ValueError, match="captured on another schedule.*Connect the same SIGMAS"):
         sample(scene.inject(), scene.noise, schedule(scene.model, 5), scene.positive)
     with pytest.raises(ValueError, match="output 3.*Set Capture Features to streams"):
         scene.inject(layers="3-11")
-    with pytest.raises(ValueError, match="features of 2 images cannot be shared among 3"):
+    with pytest.raises(ValueError, match="style: 2 images cannot be shared among 3"):
         two = Scene(style_batch=2, steps=1)
         two.sample(two.inject(content=None), noise=random_latent(batch=3))
     with pytest.raises(ValueError, match="2 masks for 1 samples"):

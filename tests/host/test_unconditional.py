@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from pastiche.nodes.host.networks.unet import inspect_model
+from pastiche.nodes.host.networks.families import find_adapter
 from pastiche.nodes.host.networks.unconditional import list_folders, load_unconditional, make_sampling
 
 from support.unconditional import SCHEDULER, make_network, write_folder
@@ -150,8 +150,8 @@ def test_hooks_fire_as_in_cores_unet(root):
     assert (sample(patched, conditioning, x, sigmas) - plain).abs().max() > 1e-4
     assert middles == [((2, 64, 2, 1), ("middle", 0), (2,))] * 2
     assert blocks[: len(blocks) // 2] == [("input", i) for i in range(7)] + [("output", i) for i in range(6)]
-    layout = inspect_model(model)
-    assert layout.shape(layout.keys("h_space", "")[0], 64, 32) == (64, 2, 1)
+    adapter = find_adapter(model)
+    assert adapter.shape(adapter.keys("h_space", "")[0], 64, 32) == (64, 2, 1)
 
 
 def test_conditioning_is_ignored_and_empty_latents_fit(root):

@@ -6,10 +6,10 @@ from support.sampling import random_latent, sample, schedule
 from pastiche.nodes.feature_injection import FeatureInjection
 from pastiche.nodes.features import CaptureFeatures
 from pastiche.nodes.inversion import DDIMInversion
-from pastiche.nodes.keep_outside import TrajectoryBlend
+from pastiche.nodes.keep_outside import KeepOutside
 
 
-@pytest.mark.parametrize("node, identifier", [(FeatureInjection, "PasticheFeatureInjection"), (TrajectoryBlend, "PasticheTrajectoryBlend")])
+@pytest.mark.parametrize("node, identifier", [(FeatureInjection, "PasticheFeatureInjection"), (KeepOutside, "PasticheTrajectoryBlend")])
 def test_schemas(node, identifier):
     schema = node.GET_SCHEMA()
     assert schema.node_id == identifier
@@ -18,7 +18,7 @@ def test_schemas(node, identifier):
 
 def test_frozen_inputs():
     ids = lambda node: [entry.id for entry in node.GET_SCHEMA().inputs]
-    assert ids(TrajectoryBlend) == ["model", "trajectory", "mask"]
+    assert ids(KeepOutside) == ["model", "trajectory", "mask"]
     assert ids(FeatureInjection) == ["model", "content", "feature_steps", "attention_steps", "feature_layers",
                                      "self_attention_layers", "cross_attention_layers", "mode"]
 
@@ -37,7 +37,7 @@ def test_the_nodes_work_together():
     (injected,) = FeatureInjection.execute(model, content).result
     mask = torch.zeros(1, 64, 64)
     mask[..., 32:] = 1
-    (kept,) = TrajectoryBlend.execute(injected, trajectory, mask).result
+    (kept,) = KeepOutside.execute(injected, trajectory, mask).result
     out = sample(kept, noise["samples"], sigmas, tiny_cond(model, seed=3))
     clean = model.model.process_latent_out(trajectory.latents[0])
     assert torch.equal(out[..., :4], clean[..., :4]) and torch.isfinite(out).all()

@@ -9,6 +9,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ROOT / "nodes"
 SOURCES = sorted(NODES.rglob("*.py"))
+# what each room of nodes/host may import beside itself; files outside of the rooms are free to all and import none
+ROOMS = {
+    "networks": set(),
+    "trajectories": {"networks"},
+    "features": {"networks", "trajectories"},
+    "injections": {"networks", "trajectories", "features"},
+    "multistyle": {"networks", "trajectories", "features", "injections"},
+    "training": {"networks", "trajectories"},
+    "fastsam": set(),
+}
 STANDARD_LIBRARY = set(__import__("sys").stdlib_module_names)
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview", "node_helpers", "nodes", "server"}
 # unpickle, run or fetch: what a pack's runtime code has no business with
@@ -59,6 +69,24 @@ def test_imports_keep_to_the_layers(path):
                 assert reached == ("algorithms",), f"{where}: algorithms import nothing else of ours"
             if layer(path) == "host":
                 assert reached in (("host",), ("algorithms",), ("sockets",)), f"{where}: host builds on algorithms and sockets only"
+
+
+def room(path: Path) -> str | None:
+    """The room of nodes/host that a file or folder lies in."""
+    parts = path.relative_to(NODES).parts
+    return parts[1] if len(parts) > 1 and parts[0] == "host" and (NODES / "host" / parts[1]).is_dir() else None
+
+
+def test_rooms_import_only_the_rooms_below_them():
+    assert {folder.name for folder in (NODES / "host").iterdir() if folder.is_dir() and any(folder.glob("*.py"))} == set(ROOMS)
+    for path in SOURCES:
+        for module, level, line in imports(path):
+            aim = target(path, module, level) if level else path
+            if layer(path) == "host" and layer(aim) == "host":
+                reached = room(aim)
+                assert reached in {None, room(path)} | ROOMS.get(room(path), set()), (
+                    f"{path.relative_to(ROOT)}:{line}: {room(path) or 'a file outside of the rooms'} must not import {reached}"
+                )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(NODES)))

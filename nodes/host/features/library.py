@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 import safetensors
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...sockets import FeatureBank, FeatureKey, Fingerprint, Trajectory
-from .capture import feature_shapes, record, storage_dtype
+from ..networks.families import find_adapter
 from ..networks.fingerprint import fingerprint, require_same_model
-from ..networks.unet import inspect_model
+from ..networks.marks import require_plain
+from .capture import feature_shapes, record, storage_dtype
 from .stores import FileStore, FileWriter, MemoryStore
 
 FORMAT = "pastiche-features"
@@ -90,12 +91,13 @@ def save_bank(bank: FeatureBank, filename_prefix: str) -> Path:
     return writer.finish()
 
 
-def load_bank(name: str, memory: str, model: Any) -> FeatureBank:
+def load_bank(name: str, memory: str, model: ModelPatcher) -> FeatureBank:
     """Reads a bank written by `save_bank` from MODEL `model`; memory: ram | vram | disk | recompute.
 
     A file without features (written in `recompute` mode) has them captured now for ram and vram, and
     recomputed while sampling otherwise. Raises ValueError for truncated or foreign files and another model.
     """
+    require_plain(model, "would be in features that are made again with this model")
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None or not _inside_folders(path):
         raise ValueError(f'file: "{name}" is not in {FOLDER} under ComfyUI\'s models or output folder.')
@@ -142,11 +144,11 @@ def _read_shape(store: FileStore, key: FeatureKey, trajectory: Trajectory) -> tu
     return tuple(shape)
 
 
-def _recomputed(trajectory: Trajectory, keys: tuple[FeatureKey, ...], memory: str, model: Any) -> FeatureBank:
+def _recomputed(trajectory: Trajectory, keys: tuple[FeatureKey, ...], memory: str, model: ModelPatcher) -> FeatureBank:
     if memory in ("recompute", "disk"):
         return FeatureBank(trajectory, keys, "recompute", None, model)
     device = torch.device("cpu") if memory == "ram" else model.load_device
-    shapes = feature_shapes(inspect_model(model), keys, trajectory)
+    shapes = feature_shapes(find_adapter(model), keys, trajectory)
     store = MemoryStore(shapes, trajectory.steps, storage_dtype(model, "half"), device)
     record(model, trajectory, keys, store.write)
     return FeatureBank(trajectory, keys, memory, store, model)

@@ -10,8 +10,9 @@ import torch
 from ...algorithms.layers import parse_layers
 from ...algorithms.views import attention_map, heat_overlay, mark_cell, pca_image
 from ...sockets import FeatureBank, FeatureKey
+from ..networks.adapter import NetworkAdapter
+from ..networks.families import find_adapter
 from .capture import record
-from ..networks.unet import UNetLayout, inspect_model
 
 CPU = torch.device("cpu")
 
@@ -41,23 +42,23 @@ def choose_key(bank: FeatureBank, streams: tuple[str, ...], layer: str) -> Featu
     raise ValueError(f'layer: the features hold no {" or ".join(streams)} of "{layer}"; they hold {held}.')
 
 
-def _as_grid(tensor: torch.Tensor, key: FeatureKey, layout: UNetLayout, bank: FeatureBank) -> torch.Tensor:
+def _as_grid(tensor: torch.Tensor, key: FeatureKey, adapter: NetworkAdapter, bank: FeatureBank) -> torch.Tensor:
     """Tokens (B, T, C) or maps -> (B, C, h, w)."""
     if tensor.ndim == 4:
         return tensor
-    grid = layout.grid((key.block, key.number), *bank.trajectory.latents.shape[-2:])
+    grid = adapter.grid((key.block, key.number), *bank.trajectory.latents.shape[-2:])
     return tensor.movedim(-1, 1).unflatten(2, grid)  # BTC -> BCHW
 
 
 def feature_pca(features: FeatureBank, compare: FeatureBank | None, layer: str, share: float, size: int) -> torch.Tensor:
     """BHWC picture(s) of the top three components; `compare`, if given, in the same basis after them."""
     streams = ("residual", "self_attention", "self_attention_q", "h_space")
-    layout = inspect_model(features.model)
+    adapter = find_adapter(features.model)
     maps = []
     for bank in (features, compare):
         if bank is not None:
             key = choose_key(bank, streams, layer)
-            maps.append(_as_grid(features_at(bank, key, share), key, layout, bank))
+            maps.append(_as_grid(features_at(bank, key, share), key, adapter, bank))
     if compare is not None and maps[0].shape[1:] != maps[1].shape[1:]:
         raise ValueError(f"compare: its features are {tuple(maps[1].shape[1:])}, the first ones {tuple(maps[0].shape[1:])}; "
                          "capture both with one stream, layer and image size.")
@@ -75,24 +76,21 @@ def style_similarity(
 
     x, y: the query's place as a share of width and height. Uses the models' own projections.
     """
-    layout = inspect_model(content.model)
+    adapter = find_adapter(content.model)
 
     def projected(bank: FeatureBank, name: str) -> tuple[torch.Tensor, FeatureKey]:
         key = choose_key(bank, (f"self_attention_{name}", "self_attention"), layer)
         tensor = features_at(bank, key, share)[0]
         if key.stream == "self_attention":
-            attn1 = layout.attention[key.block, key.number][key.depth].attn1
-            weight = getattr(attn1, f"to_{name}").weight.detach().float().cpu()
-            tensor = tensor @ weight.T
+            tensor = tensor @ adapter.projection_weight("attn1", key[1:], f"to_{name}").T
         return tensor, key
 
     queries, key = projected(content, "q")
     keys, _ = projected(style, "k")
-    rows, columns = layout.grid((key.block, key.number), *content.trajectory.latents.shape[-2:])
+    rows, columns = adapter.grid((key.block, key.number), *content.trajectory.latents.shape[-2:])
     row, column = min(int(y * rows), rows - 1), min(int(x * columns), columns - 1)
-    heads = layout.attention[key.block, key.number][key.depth].n_heads
-    heat = attention_map(queries[row * columns + column], keys, heads)
-    heat = heat.unflatten(0, layout.grid((key.block, key.number), *style.trajectory.latents.shape[-2:]))
+    heat = attention_map(queries[row * columns + column], keys, adapter.heads(key[1:]))
+    heat = heat.unflatten(0, adapter.grid((key.block, key.number), *style.trajectory.latents.shape[-2:]))
     left = mark_cell(content_image[0, ..., :3].float().cpu(), row, column, (rows, columns))
     right = heat_overlay(style_image[0, ..., :3].float().cpu(), heat / heat.max())
     right = comfy.utils.common_upscale(

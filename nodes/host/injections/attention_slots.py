@@ -6,12 +6,13 @@ import logging
 from typing import Any, Callable, Iterable
 
 from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..networks.adapter import Slot
 from .run import current_run
 
 Attend = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
-Slot = tuple[str, int, int]  # block, number, depth
 
 
 class AttentionSlots:
@@ -20,7 +21,7 @@ class AttentionSlots:
     def __init__(self) -> None:
         self._own: dict[tuple[str, Slot], Attend] = {}
 
-    def fill(self, model: Any, kind: str, slots: Iterable[Slot], make: Callable[[Slot, Attend], Attend]) -> None:
+    def fill(self, model: ModelPatcher, kind: str, slots: Iterable[Slot], make: Callable[[Slot, Attend], Attend]) -> None:
         """Puts make(slot, attend) at every slot of `model` (a clone); attend(q, k, v, options) is what would have run."""
         taken = model.model_options["transformer_options"].get("patches_replace", {}).get(kind, {})
         for slot in slots:

@@ -5,29 +5,36 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...algorithms.diffstyler import blend_share, override_or_blend
 from ...sockets import FeatureBank, FeatureKey
-from .attention_slots import Attend, AttentionSlots, Slot
-from ..networks.fingerprint import fingerprint, require_same_model
-from ..networks.unet import Place, inspect_model
-from .run import attach_banks, check_banks_schedule, current_run, current_sigma, rows_of
+from ..networks.adapter import NetworkAdapter, Place, Slot
+from ..networks.families import find_adapter
+from ..networks.unet import residual_skip
+from .attention_slots import Attend, AttentionSlots
+from .base import Injection, Source
+from .run import SamplingRun, current_run, rows_of
+from .schedule import Schedule, current_sigma
 
 MODES = ("override", "blend")
 SELF = ("self_attention_q", "self_attention_k")
 CROSS = ("cross_attention_q", "cross_attention_k")
 FIRST_FEATURE_LAYER = 4  # the paper's residual features are those of decoder layers 4-11
-CAPTURE = {"residual": "residual", SELF: "self_attention_qk", CROSS: "cross_attention"}
+STREAMS = "residual, self_attention_qk, cross_attention"
+SAME_SIZE = "Invert and sample the content at one size."
 
 
-class FeatureInjection:
-    """The patches of one Feature Injection node. Holds settings only; what belongs to a run lives in the run."""
+class ContentPatches(Injection):
+    """The content's residuals in the first steps, and its queries and keys in the attention."""
+
+    name = "Feature Injection"
 
     def __init__(
         self,
+        adapter: NetworkAdapter,
         content: FeatureBank,
         feature_steps: float,
         attention_steps: float,
@@ -36,59 +43,43 @@ class FeatureInjection:
         cross_attention: list[Place],
         mode: str,
     ):
-        self.content, self.mode = content, mode
+        self.adapter, self.content, self.mode = adapter, content, mode
         self.feature_steps, self.attention_steps = feature_steps, attention_steps
-        self.residual = set(residual)
-        self.attention = {"attn1": set(self_attention), "attn2": set(cross_attention)}
+        self.residual = residual
+        self.attention = {"attn1": self_attention, "attn2": cross_attention}
+        self.schedule = Schedule(content.trajectory.schedule)
+        last = max(feature_steps if residual else 0, attention_steps if self_attention or cross_attention else 0)
         self._slots = AttentionSlots()
+        self.sources = (
+            Source("content", "The content features", content.trajectory, content, self._keys(), STREAMS, SAME_SIZE,
+                   lambda sigma: self.schedule.within(sigma, last)),
+        )
+
+    def _keys(self) -> tuple[FeatureKey, ...]:
+        keys = [FeatureKey("residual", *place) for place in self.residual]
+        for kind, streams in (("attn1", SELF), ("attn2", CROSS)):
+            keys += [FeatureKey(stream, *slot) for slot in self.adapter.slots(self.attention[kind]) for stream in streams]
+        return tuple(keys)
 
     @property
     def changes(self) -> bool:
-        return bool(self.residual or self.attention["attn1"] or self.attention["attn2"])
+        return bool(self.residual or any(self.attention.values()))
 
-    def keys(self, depths: dict[Place, int]) -> list[FeatureKey]:
-        found = [FeatureKey("residual", *place) for place in self.residual]
-        for kind, streams in (("attn1", SELF), ("attn2", CROSS)):
-            found += [
-                FeatureKey(stream, *place, depth)
-                for place in self.attention[kind] for depth in range(depths[place]) for stream in streams
-            ]
-        return found
-
-    def install(self, model: Any, depths: dict[Place, int]) -> None:
-        """Adds the patches to `model` (a clone)."""
-        attach_banks(model, [(self.content, self.keys(depths))], self.check)
-        options = model.model_options["transformer_options"]
+    def patch(self, model: ModelPatcher) -> None:
         if self.residual:
-            patches = options.setdefault("patches", {})
+            patches = model.model_options["transformer_options"].setdefault("patches", {})
             # The first handler of a class runs; ours comes first and passes on what is not its own.
             patches["forward_timestep_embed_patch"] = [
                 (ResBlock, self.residual_block), *patches.get("forward_timestep_embed_patch", [])
             ]
         for kind, places in self.attention.items():
-            slots = [(*place, depth) for place in places for depth in range(depths[place])]
+            slots = self.adapter.slots(places)
             self._slots.fill(model, kind, slots, lambda slot, attend, kind=kind: self.replacement(kind, slot, attend))
 
     def check(self, guider: Any, noise: Tensor, sigmas: Tensor) -> None:
-        """Refuses features that do not fit the sampling about to start, and names blocks that another node took."""
-        trajectory, batch = self.content.trajectory, noise.shape[0]
-        last = max(self.feature_steps if self.residual else 0, self.attention_steps if any(self.attention.values()) else 0)
-        due = sigmas[: _steps(last, len(sigmas) - 1)]
-        if len(due):
-            check_banks_schedule(self.content, due, "The content features")
-        if trajectory.batch not in (1, batch):
-            raise ValueError(
-                f"content: features of {trajectory.batch} images cannot be shared among {batch} samples; "
-                "invert one image, or as many as the sampled latent holds."
-            )
-        if trajectory.latents.shape[-2:] != noise.shape[-2:]:
-            height, width = trajectory.latents.shape[-2:]
-            raise ValueError(
-                f"content: features are of a {width}x{height} latent, the sampled one is "
-                f"{noise.shape[-1]}x{noise.shape[-2]}. Invert and sample the content at one size."
-            )
+        """Names blocks that another node took."""
         options = guider.model_options["transformer_options"]
-        self._slots.warn_of_losses(options, "Feature Injection")
+        self._slots.warn_of_losses(options, self.name)
         self._warn_of_clashes(options)
 
     def _warn_of_clashes(self, options: dict) -> None:
@@ -101,12 +92,11 @@ class FeatureInjection:
             )
 
     def _due(self, options: dict, share: float) -> bool:
-        """Whether the step that these options belong to is one of the first `share` of the schedule."""
-        if share >= 1:
-            return True
-        sigmas = options["sample_sigmas"]
-        step = int((sigmas - current_sigma(options)).abs().argmin())
-        return step < _steps(share, len(sigmas) - 1)
+        """Whether a forward belongs to the first `share` of the steps that the content was inverted with.
+
+        Not of the sampler's own: those may be a part of the schedule.
+        """
+        return self.schedule.within(current_sigma(options), share)
 
     def _feature(self, stream: str, place: tuple, options: dict, like: Tensor) -> Tensor:
         feature = current_run(options).feature(self.content, FeatureKey(stream, *place), current_sigma(options), like)
@@ -115,9 +105,10 @@ class FeatureInjection:
     def residual_block(self, layer: Any, x: Tensor, emb: Tensor, context: Any, options: dict, *rest: Any) -> Tensor:
         """Runs a residual block: its skip, plus the content's output in place of its own."""
         place = tuple(options["block"])
-        if place not in self.residual or current_run(options) is None or not self._due(options, self.feature_steps):
+        run = current_run(options)
+        if run is None or not self._is_ours(run, layer, place) or not self._due(options, self.feature_steps):
             return self._next_handler(layer, x, emb, context, options, *rest)
-        skip = layer.skip_connection(layer.x_upd(x) if layer.updown else x)
+        skip = residual_skip(layer, x)
         feature = self._feature("residual", (*place, 0), options, x)
         if feature.shape[-2:] != skip.shape[-2:]:
             raise ValueError(
@@ -125,6 +116,9 @@ class FeatureInjection:
                 f"{skip.shape[-1]}x{skip.shape[-2]}. Conditions with an area cannot be combined with Feature Injection: use masks."
             )
         return skip + feature
+
+    def _is_ours(self, run: SamplingRun, layer: Any, place: Place) -> bool:
+        return place in self.residual and run.adapter.is_residual(layer, place)
 
     def _next_handler(self, layer: Any, x: Tensor, emb: Tensor, context: Any, options: dict, *rest: Any) -> Tensor:
         handlers = options["patches"]["forward_timestep_embed_patch"]
@@ -148,7 +142,7 @@ class FeatureInjection:
 
         return replace
 
-    def _share(self, run: Any, options: dict) -> float:
+    def _share(self, run: SamplingRun, options: dict) -> float:
         if self.mode == "override":
             return 1.0
         return blend_share(float(run.model_sampling.timestep(options["sigmas"].flatten()[:1])))
@@ -167,17 +161,12 @@ class FeatureInjection:
         return feature.repeat(1, repeat, 1) if repeat > 1 else feature
 
 
-def _steps(share: float, steps: int) -> int:
-    """The first steps that a share of the schedule means: 0.6 of 50 is 30."""
-    return round(share * steps)
-
-
 def _ours(handler: Any) -> bool:
-    return isinstance(getattr(handler, "__self__", None), FeatureInjection)
+    return isinstance(getattr(handler, "__self__", None), ContentPatches)
 
 
 def inject_features(
-    model: Any,
+    model: ModelPatcher,
     content: FeatureBank,
     feature_steps: float,
     attention_steps: float,
@@ -185,61 +174,34 @@ def inject_features(
     self_attention_layers: str,
     cross_attention_layers: str,
     mode: str = "override",
-) -> Any:
+) -> ModelPatcher:
     """`model` whose first steps take residuals and attention from the content's pass through its own model.
 
-    feature_steps, attention_steps: shares of the schedule, 0..1. Layers as text, "none" for nowhere; "auto" is, of what
-    was captured, every decoder layer with attention, and for features from layer 4 on. Returns an unpatched clone
-    where nothing would change. Raises ValueError where the features do not fit the model or were not captured.
+    feature_steps, attention_steps: shares of the schedule that the content was inverted with, 0..1. Layers as text,
+    "none" for nowhere; "auto" is, of what was captured, every decoder layer with attention, and for features from
+    layer 4 on. Returns an unpatched clone where nothing would change. Raises ValueError where the features do not
+    fit the model or were not captured.
     """
     if mode not in MODES:
         raise ValueError(f'mode: got "{mode}", choose among {", ".join(MODES)}.')
-    layout = inspect_model(model)
-    require_same_model(fingerprint(model), content.trajectory.fingerprint, "The content features")
-    injection = FeatureInjection(
-        content, feature_steps, attention_steps,
-        _places(layout, content, feature_layers, "residual", feature_steps),
-        _places(layout, content, self_attention_layers, SELF[0], attention_steps),
-        _places(layout, content, cross_attention_layers, CROSS[0], attention_steps),
+    adapter = find_adapter(model)
+    return ContentPatches(
+        adapter, content, feature_steps, attention_steps,
+        _places(adapter, content, feature_layers, "residual", feature_steps),
+        _places(adapter, content, self_attention_layers, SELF[0], attention_steps),
+        _places(adapter, content, cross_attention_layers, CROSS[0], attention_steps),
         mode,
-    )
-    patched = model.clone()
-    if not injection.changes:
-        return patched
-    depths = {place: len(blocks) for place, blocks in layout.attention.items()}
-    _require_captured(injection, depths)
-    injection.install(patched, depths)
-    return patched
+    ).install(model)
 
 
-def _places(layout: Any, content: FeatureBank, layers: str, stream: str, share: float) -> list[Place]:
+def _places(adapter: NetworkAdapter, content: FeatureBank, layers: str, stream: str, share: float) -> list[Place]:
     """Resolves layer text; "auto" is what the paper takes of the layers that were captured, "none" nothing."""
     words = layers.strip().lower()
     if words in ("none", "") or share <= 0:
         return []
     kind = "residual" if stream == "residual" else "attention"
     if words != "auto":
-        return layout.places(layers, kind)
+        return adapter.places(layers, kind)
     held = {(key.block, key.number) for key in content.keys_of(stream)}
     first = FIRST_FEATURE_LAYER if stream == "residual" else 0
-    return [place for place in getattr(layout, kind) if place[0] == "output" and place[1] >= first and (not held or place in held)]
-
-
-def _require_captured(injection: FeatureInjection, depths: dict[Place, int]) -> None:
-    held = set(injection.content.keys)
-    missing: dict[str, set[str]] = {}
-    for key in injection.keys(depths):
-        if key not in held:
-            stream = next(name for group, name in CAPTURE.items() if key.stream == group or key.stream in group)
-            missing.setdefault(stream, set()).add(f"{key.block} {key.number}")
-    if missing:
-        parts = "; ".join(f"{stream} of {', '.join(sorted(places, key=_natural))}" for stream, places in missing.items())
-        raise ValueError(
-            f"content: the bank lacks {parts}. Set Capture Features to streams "
-            f'"{", ".join(CAPTURE.values())}" and to all layers of this node.'
-        )
-
-
-def _natural(place: str) -> tuple:
-    block, number = place.split()
-    return block, int(number)
+    return [place for place in adapter.default_places(kind) if place[1] >= first and (not held or place in held)]

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any, Sequence
 
 import torch
+from comfy.model_patcher import ModelPatcher
 
-from ...algorithms.injectfusion import Schedule, gamma_schedule, injecting_steps
+from ...algorithms.injectfusion import Ramp, gamma_schedule, injecting_steps
 from ...algorithms.masks import resize_mask
 from ...algorithms.slerp import masked_slerp, resize_features, slerp
 from ...sockets import FeatureBank, FeatureKey
-from ..networks.fingerprint import fingerprint, require_same_model
-from ..networks.unet import inspect_model
-from .run import attach_banks, current_run, current_sigma
+from ..networks.families import find_adapter
+from .base import Injection, Source
+from .run import current_run
+from .schedule import current_sigma
 
 BRANCHES = ("conditional", "both")
 INJECT = "pastiche_inject"
@@ -22,31 +24,23 @@ H_SPACE = FeatureKey("h_space", "middle", 0)
 CONDITIONAL = 0  # core's number of the positive condition in `cond_or_uncond`
 
 
-class HSpaceInjection:
-    """The patch of one h-space Slerp node. Holds settings only; several of them chain, each with its mask."""
+class HSpacePatches(Injection):
+    """Turns h towards the content's. Several of them chain, each with its mask."""
 
-    def __init__(
-        self, content: FeatureBank, gamma: float, t_edit: float, branch: str, mask: torch.Tensor | None, schedule: Schedule
-    ):
+    name = "h-space Slerp"
+
+    def __init__(self, content: FeatureBank, gamma: float, t_edit: float, branch: str, mask: torch.Tensor | None, ramp: Ramp):
         self.content = content
-        self.gamma, self.t_edit, self.branch, self.schedule = gamma, t_edit, branch, schedule
+        self.gamma, self.t_edit, self.branch, self.ramp = gamma, t_edit, branch, ramp
         self.mask = mask
+        self.sources = (Source("content", "The content features", content.trajectory, content, (H_SPACE,), "h_space"),)
 
-    def install(self, model: Any) -> None:
-        """Adds the patch to `model` (a clone)."""
-        attach_banks(model, [(self.content, (H_SPACE,))], self.check)
+    @property
+    def changes(self) -> bool:
+        return self.gamma != 0 and self.t_edit < 1000 and (self.mask is None or bool(self.mask.any()))
+
+    def patch(self, model: ModelPatcher) -> None:
         model.set_model_patch(self, "middle_block_after_patch")
-
-    def check(self, guider: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> None:
-        """Refuses features and masks that do not fit the sampling about to start."""
-        batch, contents = noise.shape[0], self.content.trajectory.batch
-        if contents not in (1, batch):
-            raise ValueError(
-                f"content: features of {contents} images cannot be shared among {batch} samples; "
-                "invert one image, or as many as the sampled latent holds."
-            )
-        if self.mask is not None and self.mask.shape[0] not in (1, batch):
-            raise ValueError(f"mask: {self.mask.shape[0]} masks for {batch} samples; connect one mask or {batch}.")
 
     def share(self, options: dict) -> float:
         """The gamma of the step that `options` (a forward's transformer_options) belongs to; 0 where nothing is due."""
@@ -55,14 +49,13 @@ class HSpaceInjection:
             return 0.0
         sigmas = options["sample_sigmas"]
         plan = run.memo((id(self), "plan"), lambda: self._plan(run.model_sampling, sigmas.float().cpu()))
-        step = int((sigmas - current_sigma(options)).abs().argmin())
-        return plan.get(step, 0.0)
+        return plan.get(run.schedule(options).step(current_sigma(options)), 0.0)
 
     def _plan(self, model_sampling: Any, sigmas: torch.Tensor) -> dict[int, float]:
         """Step of the run -> gamma, for the steps that inject."""
         captured = self.content.trajectory.schedule.tolist()
         steps = injecting_steps(sigmas.tolist(), captured, sigma_of_timestep(model_sampling, self.t_edit))
-        return dict(zip(steps, gamma_schedule(self.gamma, len(steps), self.schedule)))
+        return dict(zip(steps, gamma_schedule(self.gamma, len(steps), self.ramp)))
 
     def __call__(self, args: dict) -> dict:
         """middle_block_after_patch: args["h"] is (chunks * B, C, h, w)."""
@@ -100,42 +93,34 @@ class HSpaceInjection:
 
 
 def inject_content(
-    model: Any,
+    model: ModelPatcher,
     content: FeatureBank,
     gamma: float,
     t_edit: float,
     branch: str = "conditional",
     mask: torch.Tensor | None = None,
-    schedule: Schedule = "constant",
-) -> Any:
+    schedule: Ramp = "constant",
+) -> ModelPatcher:
     """`model` whose h turns towards the content's by `gamma` while the timestep is at least `t_edit` (0..1000).
 
-    mask: (B or 1, H, W) of any size, where to inject. Returns an unpatched clone where nothing would change.
+    mask: (B or 1, H, W) or (H, W) of any size, where to inject. Returns an unpatched clone where nothing would change.
     Raises ValueError for features of another model or without h_space, and unknown settings.
     """
     if branch not in BRANCHES:
         raise ValueError(f'branch: got "{branch}", choose among {", ".join(BRANCHES)}.')
     gamma_schedule(gamma, 1, schedule)
-    inspect_model(model)
-    require_same_model(fingerprint(model), content.trajectory.fingerprint, "The content features")
-    if H_SPACE not in content.keys:
-        held = ", ".join(sorted({key.stream for key in content.keys})) or "nothing"
-        raise ValueError(f'content: the bank holds {held}, not h_space. Set Capture Features to streams "h_space".')
-    patched = model.clone()
-    if gamma == 0 or t_edit >= 1000 or (mask is not None and not bool(mask.any())):
-        return patched
-    HSpaceInjection(content, gamma, t_edit, branch, mask, schedule).install(patched)
-    return patched
+    find_adapter(model)
+    return HSpacePatches(content, gamma, t_edit, branch, mask, schedule).install(model)
 
 
-def due_injections(options: dict, sigma: torch.Tensor) -> list[HSpaceInjection]:
+def due_injections(options: dict, sigma: torch.Tensor) -> list[HSpacePatches]:
     """The h-space Slerp patches among a run's transformer_options that change the step at `sigma`."""
     return [patch for patch in installed(options) if patch.share({**options, "sigmas": sigma}) != 0]
 
 
-def installed(options: dict) -> list[HSpaceInjection]:
+def installed(options: dict) -> list[HSpacePatches]:
     patches: Sequence[Any] = options.get("patches", {}).get("middle_block_after_patch", ())
-    return [patch for patch in patches if isinstance(patch, HSpaceInjection)]
+    return [patch for patch in patches if isinstance(patch, HSpacePatches)]
 
 
 def sigma_of_timestep(model_sampling: Any, timestep: float) -> float:

@@ -14,7 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from tqdm.auto import trange
 
 from ...algorithms.injectfusion import asymmetric_step, calibrate
-from .hspace import CONDITIONAL, INJECT, HSpaceInjection, due_injections, installed, sigma_of_timestep
+from .hspace import CONDITIONAL, INJECT, HSpacePatches, due_injections, installed, sigma_of_timestep
 
 SCALED_FROM = 950  # timestep from which dt_lambda scales the direction
 SEED_OFFSET = 0x1F0C5EED  # keeps the boost's noise apart from a RandomNoise of the same seed
@@ -91,7 +91,7 @@ class PredictionPair:
     calc_cond_batch or apply_model over, the second prediction is a run of its own.
     """
 
-    def __init__(self, injections: list[HSpaceInjection]):
+    def __init__(self, injections: list[HSpacePatches]):
         self._both = any(injection.branch == "both" for injection in injections)
         self._waiting: deque = deque()
 

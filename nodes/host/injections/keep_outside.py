@@ -5,31 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...algorithms.diffstyler import keep_outside
 from ...algorithms.masks import resize_mask
 from ...sockets import Trajectory
-from ..networks.fingerprint import fingerprint, require_same_model
+from .base import Injection, Source
 
 KEY = "pastiche_keep_outside"
 BEYOND = 1.005  # schedulers round; a sigma this far above the trajectory's last one still counts as it
+SAME_SIZE = "Sample at the size of the inverted content."
 
 
-class KeepOutside:
-    """Wrappers of one Keep Outside Mask node: settings only, nothing of a run stays here.
-
-    What the model sees outside is the trajectory itself; what it answers there is the prediction with which an
+class KeepOutsidePatches(Injection):
+    """What the model sees outside is the trajectory itself; what it answers there is the prediction with which an
     Euler step lands on the trajectory's next latent; the finished latent is the trajectory's clean one.
     """
 
+    name = "Keep Outside Mask"
+
     def __init__(self, trajectory: Trajectory, mask: Tensor):
         self.trajectory, self.mask = trajectory, mask
+        self.sources = (Source("trajectory", "The trajectory's latents", trajectory, size=SAME_SIZE),)
 
-    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-        self._check(noise, sigmas)
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    @property
+    def changes(self) -> bool:
+        return not bool((self.mask >= 1).all())
+
+    def patch(self, model: ModelPatcher) -> None:
+        model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self.sampler_sample)
+        model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, self.predict_noise)
 
     def sampler_sample(self, executor, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
         last = float(sigmas[-1])  # now: uni_pc writes over it
@@ -63,39 +70,19 @@ class KeepOutside:
     def _mask(self, like: Tensor) -> Tensor:
         return resize_mask(self.mask, *like.shape[-2:]).clamp(0, 1).unsqueeze(1).to(like)  # BHW -> B1hw
 
-    def _check(self, noise: Tensor, sigmas: Tensor) -> None:
-        batch, size = noise.shape[0], noise.shape[-2:]
-        own = self.trajectory.latents.shape[-2:]
-        if own != size:
+    def check(self, guider: Any, noise: Tensor, sigmas: Tensor) -> None:
+        end = float(self.trajectory.sigmas[-1])
+        if float(sigmas[0]) > BEYOND * end:
             raise ValueError(
-                f"trajectory: its latent is {own[1]}x{own[0]}, the sampled one {size[1]}x{size[0]}. "
-                "Sample at the size of the inverted content."
-            )
-        if self.trajectory.batch not in (1, batch):
-            raise ValueError(
-                f"trajectory: {self.trajectory.batch} contents cannot be shared among {batch} samples; "
-                "invert one image, or as many as the sampled latent holds."
-            )
-        if len(resize_mask(self.mask, 1, 1)) not in (1, batch):
-            raise ValueError(f"mask: {self.mask.shape[0]} masks for {batch} samples; connect one mask or {batch}.")
-        if float(sigmas[0]) > BEYOND * float(self.trajectory.sigmas[-1]):
-            raise ValueError(
-                f"trajectory: it ends at sigma {float(self.trajectory.sigmas[-1]):.3f}, sampling starts at "
-                f"{float(sigmas[0]):.3f}. Connect the same SIGMAS to DDIM Inversion and to the sampler."
+                f"trajectory: it ends at sigma {end:.3f}, sampling starts at {float(sigmas[0]):.3f}. "
+                "Connect the same SIGMAS to DDIM Inversion and to the sampler."
             )
 
 
-def blend_trajectory(model: Any, trajectory: Trajectory, mask: Tensor) -> Any:
-    """`model` that samples freely inside `mask` ((B or 1, H, W), 1 inside, any size) and keeps the content outside.
+def keep_content_outside(model: ModelPatcher, trajectory: Trajectory, mask: Tensor) -> ModelPatcher:
+    """`model` that samples freely inside `mask` and keeps the content outside.
 
-    Returns an unpatched clone where the mask is 1 everywhere. Raises ValueError for a trajectory of another model.
+    mask: (B or 1, H, W) or (H, W), 1 inside, any size. Returns an unpatched clone where the mask is 1 everywhere.
+    Raises ValueError for a trajectory of another model.
     """
-    require_same_model(fingerprint(model), trajectory.fingerprint, "The trajectory's latents")
-    patched = model.clone()
-    if bool((mask >= 1).all()):
-        return patched
-    keep = KeepOutside(trajectory, mask)
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keep.outer_sample)
-    patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, keep.sampler_sample)
-    patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, keep.predict_noise)
-    return patched
+    return KeepOutsidePatches(trajectory, mask).install(model)

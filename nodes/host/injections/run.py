@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 from typing import Any, Callable, Iterable
 
-import comfy.model_management
+import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.samplers
 import comfy.sampler_helpers
 import torch
-from comfy.patcher_extension import WrappersMP
 
 from ...sockets import FeatureBank, FeatureKey
-from ..features.capture import WRAPPER_KEY, add_capture, feature_shapes, record, storage_dtype
-from ..networks.unet import inspect_model
+from ..features.capture import feature_shapes, record, storage_dtype
 from ..features.stores import MemoryStore, readable_size
-
-RUN = "pastiche_run"
-SAME_SIGMA = 5e-3  # relative: `timestep()` and schedulers round to this
+from ..networks.adapter import RUN, NetworkAdapter
+from ..networks.families import find_adapter
+from .schedule import SAME_SIGMA, Schedule, nearest
 
 
 class SamplingRun:
@@ -60,8 +58,12 @@ class SamplingRun:
         return slots.get(place, slots.get(place[:2]))
 
     @property
-    def network(self) -> Any:
-        return self._guider.model_patcher.model.diffusion_model
+    def adapter(self) -> NetworkAdapter:
+        return self.memo("adapter", lambda: find_adapter(self._guider.model_patcher))
+
+    def schedule(self, options: dict) -> Schedule:
+        """The sampling's own schedule, whole or split; a forward's transformer_options carry it."""
+        return self.memo("schedule", lambda: Schedule(options["sample_sigmas"]))
 
     @property
     def model_sampling(self) -> Any:
@@ -86,7 +88,7 @@ class _BankReader:
         bank = self.bank
         if self._store is not None or same_weights(bank.model, guider.model_patcher):
             return
-        shapes = feature_shapes(inspect_model(bank.model), self.keys, bank.trajectory)
+        shapes = feature_shapes(find_adapter(bank.model), self.keys, bank.trajectory)
         store = MemoryStore(shapes, bank.trajectory.steps, storage_dtype(bank.model, "half"), torch.device("cpu"))
         logging.info(
             "Pastiche: the reference model's weights differ from the sampled one's, "
@@ -113,7 +115,7 @@ class _BankReader:
 
     def _nearest(self, sigma: float) -> int:
         captured = self.bank.trajectory.sigmas[1:]
-        step = 1 + int((captured - sigma).abs().argmin())
+        step = 1 + nearest(captured, sigma)
         found = float(captured[step - 1])
         if not self._warned and abs(found - sigma) > SAME_SIGMA * sigma:
             self._warned = True
@@ -138,7 +140,7 @@ class _BankReader:
         def emit(key: FeatureKey, tensor: torch.Tensor) -> None:
             self._tensors[key] = tensor[: trajectory.batch].clone()
 
-        add_capture(transformer_options, guider.inner_model.diffusion_model, self.keys, emit)
+        find_adapter(guider.model_patcher).capture(transformer_options, self.keys, emit)
         comfy.samplers.calc_cond_batch(guider.inner_model, [self._conds], latent, sigma, options)
 
 
@@ -147,64 +149,9 @@ def same_weights(a: Any, b: Any) -> bool:
     return a.model is b.model and a.patches_uuid == b.patches_uuid and a.injections.keys() == b.injections.keys()
 
 
-def attach_banks(
-    model: Any,
-    banks: Iterable[tuple[FeatureBank, Iterable[FeatureKey]]],
-    check: Callable[[Any, torch.Tensor, torch.Tensor], None],
-) -> None:
-    """Makes features available to patches of `model` (a clone) while it samples.
-
-    check(guider, noise (B, C, H, W), sigmas) runs first and raises ValueError where the banks do not fit.
-    """
-    banks = [(bank, tuple(keys)) for bank, keys in banks]
-
-    def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-        guider = executor.class_obj
-        check(guider, noise, sigmas)
-        options = guider.model_options["transformer_options"]
-        owner = RUN not in options
-        run = options.setdefault(RUN, SamplingRun(guider))
-        try:
-            for bank, keys in banks:
-                run.use(bank, keys)
-            run.prepare()
-            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        finally:
-            if owner:
-                del options[RUN]
-
-    def predict_noise(executor, x, timestep, model_options=None, seed=None):
-        run = (model_options or {}).get("transformer_options", {}).get(RUN)
-        if run is not None:
-            run.advance(float(timestep.flatten()[0]))
-        return executor(x, timestep, model_options or {}, seed)
-
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, outer_sample)
-    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, WRAPPER_KEY, predict_noise)
-
-
 def current_run(options: dict) -> SamplingRun | None:
     """The run of the forward that a patch's options belong to; None outside a sampling (training, another node)."""
     return options.get(RUN)
-
-
-def current_sigma(options: dict) -> float:
-    return float(options["sigmas"].flatten()[0])
-
-
-def check_banks_schedule(bank: FeatureBank, sigmas: torch.Tensor, what: str, low: float = 0.0, high: float = float("inf")) -> None:
-    """Every sampling sigma in [low, high] must be one the bank was captured at."""
-    captured = bank.trajectory.sigmas[1:]
-    for sigma in sigmas.float().cpu().tolist():
-        if sigma <= 0 or not low <= sigma <= high:
-            continue
-        nearest = float(captured[(captured - sigma).abs().argmin()])
-        if abs(nearest - sigma) > SAME_SIGMA * sigma:
-            raise ValueError(
-                f"{what} were captured on another schedule ({bank.trajectory.steps} steps from sigma "
-                f"{float(captured[-1]):.3f}; sampling asks for sigma {sigma:.3f}, the nearest captured is {nearest:.3f}). "
-                "Connect the same SIGMAS to DDIM Inversion and to the sampler."
-            )
 
 
 def rows_of(features: torch.Tensor, rows: int, options: dict) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ...algorithms.diffstyler import mix_predictions, normalise_masks
 from ...algorithms.masks import resize_mask
 from ...sockets import StyleEntry
 from .lora_batch import BASE, BatchedStyles, lora_patches, style_patches
-from ..injections.style_rows import STYLE_ROWS, RowInjection
+from ..injections.style_rows import STYLE_ROWS, RowPatches
 
 CONDITIONAL, UNCONDITIONAL = 0, 1  # what cond_or_uncond tells patches
 
@@ -33,8 +33,7 @@ class MultiStyleGuider(comfy.samplers.CFGGuider):
         self.names = [style.name or f"style {number + 1}" for number, style in enumerate(styles)]
         featured = {number: style for number, style in enumerate(styles) if style.features is not None}
         if featured:
-            injection, model = RowInjection(model, featured, self.names), model.clone()
-            injection.install(model)
+            model = RowPatches(model, featured, self.names).install(model)
         super().__init__(model)
         self._patches = [self._patches_of(style, name) for style, name in zip(styles, self.names)]
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import comfy.patcher_extension
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from .unet import UNetLayout
+from .unet import UNet
 
 
 class UnconditionalUNet(nn.Module):
@@ -66,19 +67,6 @@ class UnconditionalUNet(nn.Module):
             h = block(h, tuple(taken), emb)
         return network.conv_out(network.conv_act(network.conv_norm_out(h)))
 
-    def pastiche_layout(self, family: str) -> UNetLayout:
-        """What features of this network can be captured: h_space only."""
-        levels = len(self.network.down_blocks)
-        return UNetLayout(
-            family="Unconditional DDPM",
-            attention={},
-            residual={},
-            scale={("middle", 0): levels - 1},
-            counts={"input": levels + 1, "middle": 1, "output": levels},
-            h_channels=self.network.config.block_out_channels[-1],
-            context_dim=None,
-        )
-
     def _check(self, x: torch.Tensor, control: Any) -> None:
         multiple = 2 ** (len(self.network.down_blocks) - 1)
         height, width = x.shape[-2:]
@@ -89,6 +77,24 @@ class UnconditionalUNet(nn.Module):
             )
         if control is not None:
             raise ValueError("ControlNet does not fit an unconditional pixel model: remove it from the conditioning.")
+
+
+def adapt_unconditional(model: ModelPatcher) -> UNet | None:
+    """The adapter of an unconditional network, of which only h_space can be captured; None for other networks."""
+    network = model.model.diffusion_model
+    if not isinstance(network, UnconditionalUNet):
+        return None
+    levels = len(network.network.down_blocks)
+    return UNet(
+        model=model.model,
+        family="Unconditional DDPM",
+        attention={},
+        residual={},
+        scale={("middle", 0): levels - 1},
+        counts={"input": levels + 1, "middle": 1, "output": levels},
+        h_channels=network.network.config.block_out_channels[-1],
+        context_dim=None,
+    )
 
 
 def with_core_operations(network: nn.Module, operations: Any) -> nn.Module:

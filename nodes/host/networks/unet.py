@@ -1,29 +1,28 @@
-"""What a MODEL's U-Net looks like: blocks, widths, grids, and the modules that compute them."""
+"""ComfyUI's U-Net: blocks, widths, grids, and the patches that read and change what they compute."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from math import prod
-from typing import Any
+from typing import Any, Callable, Iterable
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
 
 from ...algorithms.layers import format_numbers, parse_layers
-from ...sockets import STREAMS, FeatureKey
-
-Place = tuple[str, int]  # (block, number)
-
-EXPLICIT = {"self_attention_qkv": ("self_attention_q", "self_attention_k", "self_attention_v"),
-            "self_attention_qk": ("self_attention_q", "self_attention_k"),
-            "cross_attention": ("cross_attention_q", "cross_attention_k")}
+from ...sockets import FeatureKey
+from .adapter import ChangeHidden, Emit, NetworkAdapter, Place, Slot
+from .unet_hidden import HiddenPatch
 
 
-@dataclass(frozen=True)
-class UNetLayout:
-    """Blocks of one U-Net. `family` is the word used in messages; `scale` maps a place to its downsampling steps."""
+@dataclass(frozen=True, eq=False)
+class UNet(NetworkAdapter):
+    """One U-Net. `family` is the word used in messages; `scale` maps a place to its downsampling steps."""
 
+    model: Any  # the BaseModel
     family: str
     attention: dict[Place, list[Any]]  # BasicTransformerBlocks, by depth
     residual: dict[Place, Any]  # ResBlocks
@@ -33,28 +32,28 @@ class UNetLayout:
     context_dim: int | None
 
     def grid(self, place: Place, height: int, width: int) -> tuple[int, int]:
-        """(h, w) of a block for a (height, width) latent: every Downsample halves, rounding up."""
+        """Every Downsample halves, rounding up."""
         for _ in range(self.scale[place]):
             height, width = (height + 1) // 2, (width + 1) // 2
         return height, width
 
     def places(self, layers: str, kind: str = "attention") -> list[Place]:
-        """Resolves layer text against this model; `kind` is "attention" or "residual".
-
-        "auto" is the paper's 6-11 on a 12-block decoder, elsewhere the decoder's finest attention level.
-        """
+        """"auto" is the paper's 6-11 on a 12-block decoder, elsewhere the decoder's finest attention level."""
         known = getattr(self, kind)
         if not known:
             raise ValueError(f"streams: {self.family} has no {kind} blocks that can be captured; use h_space.")
         if layers.strip().lower() == "auto":
-            return self._default_places(known)
+            return self._auto_places(known)
         places = parse_layers(layers)
         for block, number in places:
             if (block, number) not in known:
                 raise ValueError(f"layers: {self._describe(kind)}: got {block} {number}.")
         return places
 
-    def _default_places(self, known: dict) -> list[Place]:
+    def default_places(self, kind: str, block: str = "output") -> list[Place]:
+        return [place for place in getattr(self, kind) if place[0] == block]
+
+    def _auto_places(self, known: dict) -> list[Place]:
         decoder = [place for place in known if place[0] == "output"]
         if self.counts["output"] == 12:
             return [place for place in decoder if place[1] >= 6]
@@ -69,21 +68,13 @@ class UNetLayout:
         middle = "" if ("middle", 0) in getattr(self, kind) else " no"
         return f"{self.family} has {parts[1]} ({parts[0]};{middle} {kind} in middle)"
 
-    def keys(self, streams: str, layers: str) -> list[FeatureKey]:
-        """Every tensor that `streams` (comma-separated) of `layers` consists of."""
-        keys: dict[FeatureKey, None] = {}
-        for stream in parse_streams(streams):
-            if stream == "h_space":
-                keys[FeatureKey(stream, "middle", 0)] = None
-                continue
-            kind = "residual" if stream == "residual" else "attention"
-            for place in self.places(layers, kind):
-                depths = 1 if kind == "residual" else len(self.attention[place])
-                keys.update({FeatureKey(stream, *place, depth): None for depth in range(depths)})
-        return list(keys)
+    def depth(self, place: Place) -> int:
+        return len(self.attention[place])
+
+    def heads(self, slot: Slot) -> int:
+        return self.attention[slot[:2]][slot[2]].n_heads
 
     def shape(self, key: FeatureKey, height: int, width: int, context_tokens: int = 77) -> tuple[int, ...]:
-        """Shape of one captured tensor of one sample, without batch and step."""
         place = (key.block, key.number)
         h, w = self.grid(place, height, width)
         if key.stream == "h_space":
@@ -98,33 +89,97 @@ class UNetLayout:
         tokens = context_tokens if key.stream == "cross_attention_k" else h * w
         return tokens, block.attn2.to_q.out_features
 
-    def elements(self, keys, height: int, width: int, context_tokens: int = 77) -> int:
-        return sum(prod(self.shape(key, height, width, context_tokens)) for key in keys)
+    def project(self, kind: str, slot: Slot, name: str, hidden: Tensor) -> Tensor:
+        return getattr(self.attention_module(kind, slot), name)(hidden)
+
+    def projection_weight(self, kind: str, slot: Slot, name: str) -> Tensor:
+        return getattr(self.attention_module(kind, slot), name).weight.detach().float().cpu()
+
+    def attention_module(self, kind: str, slot: Slot) -> Any:
+        return getattr(self.attention[slot[:2]][slot[2]], kind)
+
+    def is_residual(self, layer: Any, place: Place) -> bool:
+        return self.residual.get(place) is layer
+
+    def capture(self, transformer_options: dict, keys: Iterable[FeatureKey], emit: Emit) -> None:
+        wanted = set(keys)
+        streams = {key.stream for key in wanted}
+        patches = transformer_options.setdefault("patches", {})
+
+        def add(name: str, patch: Any) -> None:
+            patches[name] = patches.get(name, []) + [patch]
+
+        def tell(stream: str, options: dict, compute: Callable[[], Tensor], depth: int) -> None:
+            key = FeatureKey(stream, *options["block"], depth)
+            if key in wanted:
+                emit(key, compute())
+
+        def attention(kind: str, stream: str):
+            def patch(n, context, value, options):
+                depth = options["block_index"]
+                slot = (*options["block"], depth)
+                if kind == "attn1":
+                    tell(stream, options, lambda: n, depth)
+                for name, source in (("q", n), ("k", context), ("v", value)):
+                    tell(f"{stream}_{name}", options, lambda: self.project(kind, slot, f"to_{name}", source), depth)
+                return n, context, value
+
+            return patch
+
+        def residual(layer, x, emb, context, options, *_):
+            out = layer(x, emb)
+            if self.is_residual(layer, tuple(options["block"])):
+                tell("residual", options, lambda: out - residual_skip(layer, x), 0)
+            return out
+
+        def middle(args: dict) -> dict:
+            emit(FeatureKey("h_space", "middle", 0), args["h"])
+            return args
+
+        if any(stream.startswith("self_attention") for stream in streams):
+            add("attn1_patch", attention("attn1", "self_attention"))
+        if any(stream.startswith("cross_attention") for stream in streams):
+            add("attn2_patch", attention("attn2", "cross_attention"))
+        if "residual" in streams:
+            if "forward_timestep_embed_patch" in patches:
+                raise ValueError(
+                    "Another node already runs this model's residual blocks in its own way (forward_timestep_embed_patch), "
+                    "so they cannot be captured: connect Capture Features before that node."
+                )
+            add("forward_timestep_embed_patch", (ResBlock, residual))
+        if "h_space" in streams:
+            add("middle_block_after_patch", middle)
+
+    def change_hidden(self, model: ModelPatcher, change: ChangeHidden, blends: bool) -> None:
+        patch = HiddenPatch(change)
+        model.set_model_attn1_patch(patch)
+        if blends:
+            # In front: other nodes' output patches then see the blended result, as they would the plain one.
+            patches = model.model_options["transformer_options"]["patches"]
+            patches["attn1_output_patch"] = [patch.settle, *patches.get("attn1_output_patch", [])]
+
+    def empty_prompt(self) -> list:
+        """The model's own empty context (as the mini model has), else zeros, which is core's ConditioningZeroOut."""
+        empty = getattr(self.model, "empty_context", None)
+        if empty is not None:
+            return [[empty.float().cpu(), {}]]
+        if self.context_dim is None:
+            return [[None, {}]]
+        logging.info("Pastiche: no positive connected; a zero context stands for the empty prompt.")
+        extra = {"pooled_output": torch.zeros(1, 1280)} if self.model.adm_channels else {}
+        return [[torch.zeros(1, 77, self.context_dim), extra]]
 
 
-def parse_streams(text: str) -> list[str]:
-    """Comma-separated stream names -> members of STREAMS, `self_attention_qkv` and the like spelled out."""
-    streams: dict[str, None] = {}
-    for name in (part.strip().lower() for part in text.split(",")):
-        members = EXPLICIT.get(name, (name,))
-        if members[0] not in STREAMS:
-            raise ValueError(
-                f'streams: unknown stream "{name}"; choose among self_attention, residual, h_space, {", ".join(EXPLICIT)}.'
-            )
-        streams.update(dict.fromkeys(members))
-    return list(streams)
+def residual_skip(layer: ResBlock, x: Tensor) -> Tensor:
+    """What a residual block adds to its output: its input, resampled and projected as the block does it."""
+    return layer.skip_connection(layer.x_upd(x) if layer.updown else x)
 
 
-def inspect_model(model: Any) -> UNetLayout:
-    """Layout of a MODEL. Raises ValueError for models without a U-Net."""
+def adapt_unet(model: ModelPatcher) -> UNet | None:
+    """The adapter of ComfyUI's own U-Nets; None for other networks."""
     network = model.model.diffusion_model
-    family = type(model.model.model_config).__name__
-    if hasattr(network, "pastiche_layout"):
-        return network.pastiche_layout(family)
     if not all(hasattr(network, name) for name in ("input_blocks", "middle_block", "output_blocks")):
-        raise ValueError(
-            f"{family} has no U-Net ({type(network).__name__}): connect an SD1.x, SD2.x, SDXL or Pastiche mini model."
-        )
+        return None
     attention: dict[Place, list] = {}
     residual: dict[Place, Any] = {}
     scale: dict[Place, int] = {}
@@ -133,7 +188,8 @@ def inspect_model(model: Any) -> UNetLayout:
         for layer in layers:
             if isinstance(layer, SpatialTransformer):
                 attention[place] = list(layer.transformer_blocks)
-            elif isinstance(layer, ResBlock):
+            elif isinstance(layer, ResBlock) and not (layer.updown and place in residual):
+                # The last one of a block; but one that resamples (resblock_updown) stands at the end of another's block.
                 residual[place] = layer
 
     level = 0
@@ -149,8 +205,9 @@ def inspect_model(model: Any) -> UNetLayout:
         scale["output", number] = scale["input", count - 1 - number]
         visit(("output", number), layers)
     attended = [blocks[0] for blocks in attention.values() if blocks[0].attn2 is not None]
-    return UNetLayout(
-        family=family,
+    return UNet(
+        model=model.model,
+        family=type(model.model.model_config).__name__,
         attention=attention,
         residual=residual,
         scale=scale,
@@ -158,10 +215,3 @@ def inspect_model(model: Any) -> UNetLayout:
         h_channels=residual["middle", 0].out_channels if ("middle", 0) in residual else 0,
         context_dim=attended[0].attn2.to_k.in_features if attended else None,
     )
-
-
-def attention_block(network: torch.nn.Module, block: str, number: int, depth: int) -> Any:
-    """The BasicTransformerBlock at a place of a running U-Net."""
-    layers = network.middle_block if block == "middle" else getattr(network, f"{block}_blocks")[number]
-    transformer = next(layer for layer in layers if isinstance(layer, SpatialTransformer))
-    return transformer.transformer_blocks[depth]
