@@ -3,6 +3,7 @@
 
     python tools/train_mini.py --assets DIR --drawings DIR --work DIR autoencoder --minutes 15
     python tools/train_mini.py --assets DIR --drawings DIR --work DIR unet --minutes 85
+    python tools/train_mini.py --assets DIR --drawings DIR --work DIR transformer --minutes 85
     python tools/train_mini.py --work DIR export            # at any time: EMA so far, fp16
     python tools/train_mini.py --assets DIR --work DIR report   # numbers and pictures of docs/mini
 
@@ -30,7 +31,7 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing(False)
 from comfy.cli_args import args as comfy_args  # noqa: E402
 
-comfy_args.cpu = True
+comfy_args.cpu = "cuda" not in sys.argv
 comfy_args.use_pytorch_cross_attention = True
 
 import numpy as np  # noqa: E402
@@ -38,10 +39,16 @@ import torch  # noqa: E402
 from mini_autoencoder import MiniAutoencoder  # noqa: E402
 from mini_training import autoencoder, data, evaluate, export  # noqa: E402
 from mini_training.diffusion import Trainer, save_atomically  # noqa: E402
+from mini_training.flow import FlowTrainer  # noqa: E402
+
+
+SHIPPED = ROOT / "nodes" / "assets" / "mini.safetensors"
 
 
 def load_autoencoder(work):
-    """(MiniAutoencoder, mean, std, rgb, rgb_bias) as saved by the autoencoder stage."""
+    """(MiniAutoencoder, mean, std, rgb, rgb_bias) as saved by the autoencoder stage, else as the pack ships them."""
+    if not (work / "autoencoder.pt").exists():
+        return export.shipped_autoencoder(SHIPPED)
     saved = torch.load(work / "autoencoder.pt", weights_only=True)
     model = MiniAutoencoder()
     model.load_state_dict(saved["model"])
@@ -98,17 +105,31 @@ def unet_process(options, pools, validation, rank, rendezvous):
     trainer.run(options.minutes)
 
 
+def train_transformer(options):
+    pools, validation = data.load_pools(options.assets, options.drawings, options.seed)
+    model, mean, std, *_ = load_autoencoder(options.work)
+
+    def encode(pixels):
+        return (model.encode(pixels) - mean[:, None, None]) / std[:, None, None]
+
+    trainer = FlowTrainer(encode, pools, validation, options.work, options.seed, options.device, batch=options.batch)
+    trainer.resume()
+    trainer.run(options.minutes)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("autoencoder", "unet", "export", "report"))
+    parser.add_argument("stage", choices=("autoencoder", "unet", "transformer", "export", "report"))
     parser.add_argument("--assets", type=Path, help="folder with train_photos/, style/ and content/")
     parser.add_argument("--drawings", type=Path, help="folder of PNG drawings, searched recursively")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")
     parser.add_argument("--minutes", type=float, default=15.0, help="wall-clock budget of the stage")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes of the unet stage")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the transformer stage")
+    parser.add_argument("--batch", type=int, default=16, help="of the transformer stage; 256 or more on a GPU")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=ROOT / "nodes" / "assets" / "mini.safetensors")
+    parser.add_argument("--output", type=Path, default=SHIPPED)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -116,6 +137,8 @@ def main():
         train_autoencoder(options)
     elif options.stage == "unet":
         train_unet(options)
+    elif options.stage == "transformer":
+        train_transformer(options)
     elif options.stage == "export":
         export.export(load_autoencoder(options.work), options.work / "unet.pt", options.output)
     else:

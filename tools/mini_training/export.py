@@ -3,7 +3,8 @@ import json
 import os
 
 import torch
-from safetensors.torch import save_file
+from mini_autoencoder import MiniAutoencoder
+from safetensors.torch import load_file, save_file
 
 from .autoencoder import LATENT_SCALE
 from .data import KINDS
@@ -42,3 +43,13 @@ def export(parts, checkpoint, output):
     temporary.chmod(0o644)  # safetensors makes it private
     os.replace(temporary, output)
     print(f"{output}: {size / 1e6:.1f} MB, {metadata}")
+
+
+def shipped_autoencoder(path):
+    """(MiniAutoencoder, mean, std, rgb, rgb_bias) of a file that `export` wrote; fp16 parts widened."""
+    tensors = load_file(path)
+    model = MiniAutoencoder()
+    prefix = "autoencoder."
+    model.load_state_dict({k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)})
+    return (model.eval(), tensors["latent.mean"], tensors["latent.std"] * LATENT_SCALE,
+            tensors["latent.rgb"] * LATENT_SCALE, tensors["latent.rgb_bias"])
