@@ -3,6 +3,7 @@
 
     python tools/train_mini.py --assets DIR --drawings DIR --work DIR autoencoder --minutes 15
     python tools/train_mini.py --assets DIR --drawings DIR --work DIR unet --minutes 85
+    python tools/train_mini.py --assets DIR --drawings DIR --work DIR decoder --minutes 70   # same latents, better pictures
     python tools/train_mini.py --assets DIR --drawings DIR --work DIR transformer --minutes 85
     python tools/train_mini.py --work DIR export            # at any time: EMA so far, fp16
     python tools/train_mini.py --assets DIR --work DIR report   # numbers and pictures of docs/mini
@@ -19,6 +20,7 @@ import argparse
 import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +40,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from mini_autoencoder import MiniAutoencoder  # noqa: E402
 from mini_training import autoencoder, data, evaluate, export  # noqa: E402
+from mini_training.decoder import FINISH, DecoderTrainer  # noqa: E402
 from mini_training.diffusion import Trainer, save_atomically  # noqa: E402
 from mini_training.flow import FlowTrainer  # noqa: E402
 
@@ -50,9 +53,7 @@ def load_autoencoder(work):
     if not (work / "autoencoder.pt").exists():
         return export.shipped_autoencoder(SHIPPED)
     saved = torch.load(work / "autoencoder.pt", weights_only=True)
-    model = MiniAutoencoder()
-    model.load_state_dict(saved["model"])
-    return model.eval(), *saved["statistics"]
+    return MiniAutoencoder.from_state(saved["model"]).eval(), *saved["statistics"]
 
 
 def train_autoencoder(options):
@@ -105,6 +106,17 @@ def unet_process(options, pools, validation, rank, rendezvous):
     trainer.run(options.minutes)
 
 
+def train_decoder(options):
+    pools, validation = data.load_pools(options.assets, options.drawings, options.seed)
+    torch.manual_seed(options.seed)
+    before, *_ = load_autoencoder(options.work)
+    model = MiniAutoencoder(finish=FINISH)
+    model.load_state_dict(before.state_dict(), strict=before.finish is not None)
+    trainer = DecoderTrainer(model, pools, validation, options.work, np.random.default_rng(options.seed + int(time.time())))
+    trainer.resume()
+    trainer.run(options.minutes, torch.load(options.probe, weights_only=True) if options.probe else None)
+
+
 def train_transformer(options):
     pools, validation = data.load_pools(options.assets, options.drawings, options.seed)
     model, mean, std, *_ = load_autoencoder(options.work)
@@ -119,13 +131,14 @@ def train_transformer(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("autoencoder", "unet", "transformer", "export", "report"))
+    parser.add_argument("stage", choices=("autoencoder", "unet", "decoder", "transformer", "export", "report"))
     parser.add_argument("--assets", type=Path, help="folder with train_photos/, style/ and content/")
     parser.add_argument("--drawings", type=Path, help="folder of PNG drawings, searched recursively")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")
     parser.add_argument("--minutes", type=float, default=15.0, help="wall-clock budget of the stage")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes of the unet stage")
+    parser.add_argument("--probe", type=Path, help="latents (B, 16, h, w) of restyled pictures whose grid the decoder stage logs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the transformer stage")
     parser.add_argument("--batch", type=int, default=16, help="of the transformer stage; 256 or more on a GPU")
     parser.add_argument("--seed", type=int, default=0)
@@ -137,6 +150,8 @@ def main():
         train_autoencoder(options)
     elif options.stage == "unet":
         train_unet(options)
+    elif options.stage == "decoder":
+        train_decoder(options)
     elif options.stage == "transformer":
         train_transformer(options)
     elif options.stage == "export":

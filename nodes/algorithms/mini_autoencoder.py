@@ -4,6 +4,7 @@ from torch import nn
 
 PATCH = 8
 LATENT_CHANNELS = 16
+WIDTH = 96  # of the decoder at latent size
 
 
 class ResidualBlock(nn.Module):
@@ -19,18 +20,36 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(nn.functional.silu(h))
 
 
+class Finish(nn.Module):
+    """Works at pixel resolution, across the borders of patches, which no layer at latent size can smooth.
+
+    features (B, width, h, w) of the layers before and the picture so far (B, 3, 8h, 8w) -> what to add to it.
+    """
+
+    def __init__(self, width, channels, deep=4, blocks=3):
+        super().__init__()
+        self.deep = nn.Sequential(*(ResidualBlock(width) for _ in range(deep)), nn.SiLU(),
+                                  nn.Conv2d(width, channels * PATCH * PATCH, 1), nn.PixelShuffle(PATCH))
+        self.join = nn.Conv2d(channels + 3, channels, 3, padding=1)
+        self.blocks = nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks)), nn.SiLU())
+        self.out = nn.Conv2d(channels, 3, 3, padding=1)
+
+    def forward(self, features, picture):
+        return self.out(self.blocks(self.join(torch.cat([self.deep(features), picture], 1))))
+
+
 class MiniAutoencoder(nn.Module):
     """8x8 patches to 16 channels and back.
 
     `encode` projects every 8x8x3 patch on the 16 leading principal components of natural
     patches (one stride-8 convolution). `decode` inverts it linearly, then adds what a small
     convolutional network, working at latent size, predicts was lost from the patch and its
-    neighbours: block seams and sharp edges.
+    neighbours, then what a few layers at pixel resolution say (`finish` channels; 0: none).
     Pixels are (B, 3, H, W) in [-1, 1], H and W multiples of 8; latents (B, 16, H/8, W/8),
     not scaled (the latent format brings them to unit variance).
     """
 
-    def __init__(self, width=96, latent_channels=LATENT_CHANNELS):
+    def __init__(self, width=WIDTH, latent_channels=LATENT_CHANNELS, finish=0):
         super().__init__()
         self.analysis = nn.Conv2d(3, latent_channels, PATCH, stride=PATCH)
         self.synthesis = nn.ConvTranspose2d(latent_channels, 3, PATCH, stride=PATCH)
@@ -39,8 +58,17 @@ class MiniAutoencoder(nn.Module):
             ResidualBlock(width), ResidualBlock(width), ResidualBlock(width),
             nn.SiLU(), nn.Conv2d(width, 3 * PATCH * PATCH, 3, padding=1), nn.PixelShuffle(PATCH),
         )
+        self.finish = Finish(width, finish) if finish else None
         # Latents differ in scale by a factor of 50; the network wants them alike.
         self.register_buffer("latent_std", torch.ones(latent_channels))
+
+    @classmethod
+    def from_state(cls, state):
+        """The autoencoder of a state dict, of either generation: width and `finish` are read from its shapes."""
+        last = state.get("finish.out.weight")
+        model = cls(state["refine.0.weight"].shape[0], state["refine.0.weight"].shape[1], 0 if last is None else last.shape[1])
+        model.load_state_dict(state)
+        return model
 
     def encode(self, pixels):
         """(B, 3, H, W) in [-1, 1] -> (B, 16, H/8, W/8)."""
@@ -48,5 +76,6 @@ class MiniAutoencoder(nn.Module):
 
     def decode(self, latents):
         """(B, 16, h, w) -> (B, 3, 8h, 8w), about [-1, 1]."""
-        std = self.latent_std.to(latents)[None, :, None, None]
-        return self.synthesis(latents) + self.refine(latents / std)
+        features = self.refine[:4](latents / self.latent_std.to(latents)[None, :, None, None])
+        picture = self.synthesis(latents) + self.refine[4:](features)
+        return picture if self.finish is None else picture + self.finish(features, picture)

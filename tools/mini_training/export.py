@@ -48,8 +48,7 @@ def export(parts, checkpoint, output):
 def shipped_autoencoder(path):
     """(MiniAutoencoder, mean, std, rgb, rgb_bias) of a file that `export` wrote; fp16 parts widened."""
     tensors = load_file(path)
-    model = MiniAutoencoder()
     prefix = "autoencoder."
-    model.load_state_dict({k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)})
+    model = MiniAutoencoder.from_state({k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)})
     return (model.eval(), tensors["latent.mean"], tensors["latent.std"] * LATENT_SCALE,
             tensors["latent.rgb"] * LATENT_SCALE, tensors["latent.rgb_bias"])

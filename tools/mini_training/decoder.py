@@ -1,0 +1,163 @@
+"""Training of the decoder's second generation: same latents, last layers at pixel resolution, no grid."""
+import json
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .data import square
+from .diffusion import save_atomically
+
+FINISH = 32  # channels at pixel resolution
+INSIDE = slice(2, 7)  # columns of a patch whose second difference sees no other patch
+
+
+def second_differences(picture):
+    """|x'(p) - mean of x' on both sides|, x'(p) the step between columns p - 1 and p: (B, C, H, W) -> (B, C, H, W/8, 8).
+
+    The last axis is the column within its patch: at 0 the step leads over a border. Columns at the picture's sides,
+    which lack neighbours, belong to patches that are left out.
+    """
+    step = picture.diff(dim=-1)  # step[p - 1] lies between columns p - 1 and p
+    bend = (step[..., 1:-1] - (step[..., :-2] + step[..., 2:]) / 2).abs()  # bend[p - 2]
+    return bend[..., 6:-7].unflatten(-1, (-1, 8))  # columns 8 .. W - 9
+
+
+def grid(picture):
+    """Jumps over patch borders over those inside patches, both ways, per picture (B); about 1 where no grid is."""
+    bends = [second_differences(way).mean(dim=(1, 2, 3)) for way in (picture, picture.transpose(-1, -2))]
+    border, inside = (sum(part) for part in zip(*((b[:, 0], b[:, INSIDE].mean(1)) for b in bends)))
+    return border / inside
+
+
+def grid_penalty(picture, floor=0.03):
+    """Mean excess of the jumps over borders beyond those inside the two patches they part, in units of the latter."""
+    total = 0.0
+    for way in (picture, picture.transpose(-1, -2)):
+        bend = second_differences(way).mean(1)  # colours
+        bend = bend[:, : bend.shape[1] // 8 * 8].unflatten(1, (-1, 8)).mean(2)  # (B, rows of patches, patches, 8)
+        inside = bend[..., INSIDE].mean(-1).detach()
+        around = (inside[..., 1:] + inside[..., :-1]) / 2
+        total = total + (F.relu(bend[..., 1:, 0] - around) / (around + floor)).mean()
+    return total / 2
+
+
+def strange(latents, std):
+    """Latents as a sampler hands them over: the statistics of another picture, mixtures of two, noise on either."""
+    other = latents.roll(1, 0)
+    mean, deviation = latents.mean((2, 3), keepdim=True), latents.std((2, 3), keepdim=True) + 0.1 * std
+    toned = (latents - mean) / deviation * (other.std((2, 3), keepdim=True) + 0.1 * std) + other.mean((2, 3), keepdim=True)
+    share = torch.rand(len(latents), 1, 1, 1)
+    patchy = (torch.rand(len(latents), 1, *latents.shape[2:]) < share).to(latents)
+    mixed = torch.lerp(latents, toned.roll(1, 0), patchy * torch.rand(len(latents), 1, 1, 1))
+    choice = torch.rand(len(latents), 1, 1, 1) < 0.6
+    noise = 0.5 * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents) * std
+    return torch.where(choice, torch.lerp(latents, toned, torch.rand(len(latents), 1, 1, 1).sqrt()), mixed) + noise
+
+
+class DecoderTrainer:
+    """AdamW, cosine rate by wall clock, EMA, resumable; the encoder stays as it is."""
+
+    def __init__(self, model, pools, validation, work, rng, rate=1e-3, batch=16):
+        self.model, self.pools, self.work, self.rng, self.rate, self.batch = model, pools, work, rng, rate, batch
+        nn.init.zeros_(model.finish.out.weight)
+        nn.init.zeros_(model.finish.out.bias)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith("analysis"))
+        model.to(memory_format=torch.channels_last)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, rate, betas=(0.9, 0.98), weight_decay=1e-4)
+        self.average = {k: v.clone() for k, v in model.state_dict().items()}
+        self.step, self.minutes, self.recent = 0, 0.0, []
+        self.std = model.latent_std[:, None, None]
+        self.held_out = torch.stack([square(p, 256) for p in validation[::4]])
+
+    @property
+    def checkpoint(self):
+        return self.work / "decoder.pt"
+
+    def save(self):
+        save_atomically({"model": self.model.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict(),
+                         "step": self.step, "minutes": self.minutes}, self.checkpoint)
+
+    def resume(self):
+        if self.checkpoint.exists():
+            saved = torch.load(self.checkpoint, weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.average, self.step, self.minutes = saved["average"], saved["step"], saved["minutes"]
+
+    def decode(self, z):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model.decode(z.contiguous(memory_format=torch.channels_last)).float()
+
+    def train_step(self, rate):
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        count = self.batch
+        x = torch.cat([self.pools["photo"].crops(self.rng, count - count // 4, 128),
+                       self.pools["painting"].crops(self.rng, count // 4 - 1, 128), self.pools["drawing"].crops(self.rng, 1, 128)])
+        x = x[torch.randperm(count)]
+        with torch.no_grad():
+            z = self.model.encode(x)
+            known = count * 5 // 8  # pictures' own latents, some with a little noise: the picture is the target
+            level = 0.2 * torch.rand(known, 1, 1, 1) * (torch.rand(known, 1, 1, 1) < 0.3)
+            given = torch.cat([z[:known] + level * torch.randn_like(z[:known]) * self.std, strange(z[known:], self.std)])
+        y = self.decode(given)
+        own, target = y[:known], x[:known]
+        edges = (own.diff(dim=2) - target.diff(dim=2)).abs().mean() + (own.diff(dim=3) - target.diff(dim=3)).abs().mean()
+        # No picture is known that belongs to a strange latent. It should say what the latent says, and without a grid.
+        said = (self.model.encode(y[known:]) - given[known:]).square().mean() * 16 / 192
+        borders, strange_borders = grid_penalty(own), grid_penalty(y[known:])
+        error = F.mse_loss(own, target)
+        loss = error + 0.01 * edges + 0.4 * said + 0.0005 * borders + 0.003 * strange_borders
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        keep = min(0.998, (1 + self.step) / (20 + self.step))
+        for k, v in self.model.state_dict().items():
+            self.average[k].lerp_(v, 1 - keep)
+        return torch.stack([error, said, borders, strange_borders]).detach()
+
+    @torch.no_grad()
+    def validate(self, probe=None):
+        """dB of the EMA on held-out photos at 256 px; grid of those, of strange latents made from them and of `probe`."""
+        own = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average)
+        z = self.model.encode(self.held_out)
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        odd = strange(z, self.std)
+        torch.set_rng_state(state)
+        decoded = self.decode(z).clamp(-1, 1)
+        decibels = 10 * torch.log10(4 / (decoded - self.held_out).square().mean((1, 2, 3)))
+        out = {"db": decibels.mean().item(), "grid": grid(decoded).mean().item(),
+               "grid_strange": grid(self.decode(odd).clamp(-1, 1)).mean().item()}
+        if probe is not None:
+            out["grid_probe"] = grid(self.decode(probe).clamp(-1, 1)).mean().item()
+        self.model.load_state_dict(own)
+        return out
+
+    def run(self, minutes, probe=None, save_every=180.0):
+        """Train until `minutes` in total (earlier runs counted in) have passed."""
+        clock, saved = time.monotonic(), 0.0
+        with open(self.work / "decoder_log.jsonl", "a") as log:
+            while (progress := self.minutes / minutes) < 1:
+                rate = self.rate * min(1.0, (self.step + 1) / 100) * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * progress)))
+                self.recent.append(self.train_step(rate))
+                now = time.monotonic()
+                self.minutes, clock = self.minutes + (now - clock) / 60, now
+                if now - saved > save_every or self.minutes >= minutes:
+                    error, said, borders, odd = torch.stack(self.recent).mean(0).tolist()
+                    entry = {"step": self.step, "minutes": round(self.minutes, 2), "rate": rate, "mse": error, "said": said,
+                             "borders": borders, "strange_borders": odd, **self.validate(probe)}
+                    self.recent = []
+                    print(entry, flush=True)
+                    log.write(json.dumps(entry) + "\n")
+                    log.flush()
+                    self.save()
+                    saved = time.monotonic()
