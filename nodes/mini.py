@@ -1,8 +1,8 @@
-"""The node of the embedded demo model."""
+"""The node of the embedded demo models."""
 
 from comfy_api.latest import io
 
-from .host.networks.mini import KINDS, load_mini
+from .host.networks.mini import ARCHITECTURES, KINDS, load_mini
 
 
 class LoadMini(io.ComfyNode):
@@ -13,23 +13,27 @@ class LoadMini(io.ComfyNode):
             display_name="Load Mini Model",
             category="pastiche/loaders",
             description="A small latent diffusion model that comes with the pack, for demos and tests: SD1.x's schedule "
-            "and block positions, 8x smaller latents of 16 channels, prompts replaced by a kind of picture. "
+            "and block positions or a small Flux, 8x smaller latents of 16 channels, prompts replaced by a kind of picture. "
             "Good enough to invert and restyle pictures, not to invent them.",
-            search_aliases=["mini", "demo model", "test model", "embedded model", "tiny diffusion"],
+            search_aliases=["mini", "demo model", "test model", "embedded model", "tiny diffusion", "flow transformer"],
             inputs=[
                 io.Combo.Input(
                     "kind", options=list(KINDS), default="photo",
                     tooltip="What the conditioning says the picture is; empty is the unconditional one, for guidance and inversion.",
                 ),
+                io.Combo.Input(
+                    "architecture", options=list(ARCHITECTURES), default="unet",
+                    tooltip="unet: as SD1.5, predicts noise; transformer: as Flux, rectified flow. Both use the same VAE.",
+                ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The mini U-Net: layers are numbered as in SD1.5."),
+                io.Model.Output(display_name="model", tooltip="The mini U-Net, layers numbered as in SD1.5, or the mini transformer, blocks as in Flux."),
                 io.Vae.Output(display_name="vae", tooltip="Its autoencoder. No other VAE fits its latents."),
                 io.Conditioning.Output(display_name="conditioning", tooltip="The chosen kind, where a prompt would go."),
             ],
         )
 
     @classmethod
-    def execute(cls, kind) -> io.NodeOutput:
-        model, vae, conditionings = load_mini()
+    def execute(cls, kind, architecture="unet") -> io.NodeOutput:
+        model, vae, conditionings = load_mini(architecture=architecture)
         return io.NodeOutput(model, vae, conditionings[kind])

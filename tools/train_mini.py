@@ -46,6 +46,7 @@ from mini_training.flow import FlowTrainer  # noqa: E402
 
 
 SHIPPED = ROOT / "nodes" / "assets" / "mini.safetensors"
+SHIPPED_TRANSFORMER = SHIPPED.with_name("mini_transformer.safetensors")
 
 
 def load_autoencoder(work):
@@ -125,8 +126,21 @@ def train_transformer(options):
         return (model.encode(pixels) - mean[:, None, None]) / std[:, None, None]
 
     trainer = FlowTrainer(encode, pools, validation, options.work, options.seed, options.device, batch=options.batch)
-    trainer.resume()
+    trainer.resume(export.shipped_transformer(SHIPPED_TRANSFORMER) if SHIPPED_TRANSFORMER.exists() else None)
     trainer.run(options.minutes)
+
+
+def export_all(options):
+    """Writes what --work has a checkpoint of: the U-Net's file, a new decoder into the U-Net's file, the transformer's."""
+    parts = load_autoencoder(options.work)
+    if (options.work / "unet.pt").exists():
+        export.export(parts, options.work / "unet.pt", options.output)
+    if (options.work / "decoder.pt").exists():
+        start = options.output if options.output.exists() else SHIPPED
+        export.export_decoder(start, torch.load(options.work / "decoder.pt", weights_only=True)["average"], options.output)
+    if (options.work / "transformer.pt").exists():
+        saved = torch.load(options.work / "transformer.pt", weights_only=True, map_location="cpu")
+        export.export_transformer(parts, saved, options.output.with_name(SHIPPED_TRANSFORMER.name))
 
 
 def main():
@@ -155,7 +169,7 @@ def main():
     elif options.stage == "transformer":
         train_transformer(options)
     elif options.stage == "export":
-        export.export(load_autoencoder(options.work), options.work / "unet.pt", options.output)
+        export_all(options)
     else:
         evaluate.report(options.output, options.assets, options.work, ROOT / "docs" / "mini")
 

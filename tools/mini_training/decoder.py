@@ -32,15 +32,20 @@ def grid(picture):
     return border / inside
 
 
-def grid_penalty(picture, floor=0.03):
-    """Mean excess of the jumps over borders beyond those inside the two patches they part, in units of the latter."""
+def grid_penalty(picture, floor=0.03, window=4):
+    """How far jumps over borders differ from those inside the two patches they part, in units of the latter.
+
+    Both ways count, more and less: borders that are smoother than their surroundings show as well. Averaged over
+    `window` x `window` patches first, since single borders of a picture differ by chance.
+    """
     total = 0.0
     for way in (picture, picture.transpose(-1, -2)):
         bend = second_differences(way).mean(1)  # colours
         bend = bend[:, : bend.shape[1] // 8 * 8].unflatten(1, (-1, 8)).mean(2)  # (B, rows of patches, patches, 8)
         inside = bend[..., INSIDE].mean(-1).detach()
         around = (inside[..., 1:] + inside[..., :-1]) / 2
-        total = total + (F.relu(bend[..., 1:, 0] - around) / (around + floor)).mean()
+        excess = (bend[..., 1:, 0] - around) / (around + floor)
+        total = total + F.avg_pool2d(excess[:, None], window, stride=window // 2).abs().mean()
     return total / 2
 
 
@@ -112,7 +117,7 @@ class DecoderTrainer:
         said = (self.model.encode(y[known:]) - given[known:]).square().mean() * 16 / 192
         borders, strange_borders = grid_penalty(own), grid_penalty(y[known:])
         error = F.mse_loss(own, target)
-        loss = error + 0.01 * edges + 0.4 * said + 0.0005 * borders + 0.003 * strange_borders
+        loss = error + 0.01 * edges + 0.4 * said + 0.0005 * borders + 0.004 * strange_borders
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)

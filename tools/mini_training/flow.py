@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .data import KINDS, square
 from .diffusion import DROP_KIND, SHARE, save_atomically
-from .transformer import FlowTransformer
+from .transformer import CONFIG, FlowTransformer
 
 UNIFORM = 0.25  # share of times drawn uniformly: an inversion begins at 0, where the logit-normal ones hardly come
 WIDE_FROM = 0.55  # part of the time after which one step in four sees 256 px
@@ -31,10 +31,10 @@ def times(count, generator=None):
 class FlowTrainer:
     """Owns network, EMA copy, optimisers and the clock; `run` trains until its minutes are spent."""
 
-    def __init__(self, encode, pools, validation, work, seed=0, device="cpu", rate=1.5e-3, batch=16):
+    def __init__(self, encode, pools, validation, work, seed=0, device="cpu", rate=1.5e-3, batch=16, config=CONFIG):
         self.encode, self.pools, self.work = encode, pools, Path(work)
         self.device, self.rate, self.batch, self.seed = torch.device(device), rate, batch, seed
-        self.model = FlowTransformer(len(KINDS), seed=seed).to(self.device)
+        self.model = FlowTransformer(len(KINDS), config, seed).to(self.device)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         named = list(self.model.named_parameters())
         matrices = [p for n, p in named if "_blocks" in n and "mod" not in n and p.ndim == 2]

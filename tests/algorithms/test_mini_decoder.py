@@ -1,0 +1,121 @@
+"""The mini autoencoder's two generations of decoders, and the measure of the grid that the second is trained against."""
+import pytest
+import torch
+from mini_training.decoder import grid, grid_penalty, second_differences, strange
+from pastiche.nodes.algorithms.mini_autoencoder import MiniAutoencoder
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def first():
+    torch.manual_seed(0)
+    return MiniAutoencoder(width=8).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def second():
+    torch.manual_seed(1)
+    return MiniAutoencoder(width=8, finish=4).eval().requires_grad_(False)
+
+
+def test_a_file_of_the_first_generation_decodes_as_before(first):
+    z = noise(2, 16, 3, 4)
+    again = MiniAutoencoder.from_state(first.state_dict())
+    assert again.finish is None
+    torch.testing.assert_close(again.decode(z), first.synthesis(z) + first.refine(z), atol=1e-6, rtol=1e-6)
+
+
+def test_a_file_of_the_second_generation_is_recognised(second):
+    z = noise(1, 16, 4, 3)
+    again = MiniAutoencoder.from_state(second.state_dict())
+    assert torch.equal(again.decode(z), second.decode(z))
+    assert again.decode(z).shape == (1, 3, 32, 24)
+
+
+def test_finish_adds_to_the_first_generation(first, second):
+    """With the other parts equal and its output layer at zero, nothing changes; else it adds what `out` says."""
+    model = MiniAutoencoder(width=8, finish=4).requires_grad_(False)
+    model.load_state_dict({**second.state_dict(), **first.state_dict()})
+    z = noise(1, 16, 3, 3)
+    changed = model.decode(z)
+    model.finish.out.weight.zero_()
+    model.finish.out.bias.fill_(0.25)
+    torch.testing.assert_close(model.decode(z), first.decode(z) + 0.25, atol=1e-6, rtol=1e-6)
+    assert (changed - first.decode(z)).abs().max() > 1e-3
+
+
+def test_finish_sees_over_the_border_of_a_patch(second):
+    """What a pixel beside a border gets depends on the picture on its other side, at pixel resolution."""
+    features = torch.zeros(1, 8, 2, 2)
+    picture = torch.zeros(1, 3, 16, 16)
+    other = picture.clone()
+    other[..., 4, 8] = 1.0  # the first column of the right patch
+    change = (second.finish(features, other) - second.finish(features, picture)).abs().sum(1)[0]
+    assert change[4, 7] > 1e-6 and change[4, 3] > 0
+
+
+def test_unknown_state_is_refused(first):
+    state = first.state_dict()
+    del state["analysis.weight"]
+    with pytest.raises(RuntimeError, match="analysis.weight"):
+        MiniAutoencoder.from_state(state)
+
+
+def test_second_differences_by_hand():
+    """One step of height 1 over the border at column 16 of 32: 1 there, 1/2 on both sides, 0 elsewhere."""
+    picture = torch.zeros(1, 1, 1, 32, dtype=torch.float64)
+    picture[..., 16:] = 1
+    expected = torch.zeros(2, 8, dtype=torch.float64)
+    expected[1, 0], expected[0, 7], expected[1, 1] = 1, 0.5, 0.5
+    assert torch.equal(second_differences(picture)[0, 0, 0], expected)
+
+
+def test_second_differences_ignore_ramps():
+    ramp = torch.arange(48, dtype=torch.float64).expand(1, 3, 48, 48)
+    assert second_differences(ramp).abs().max() == 0
+
+
+def test_grid_is_1_without_a_grid_and_grows_with_it():
+    """White noise of deviation s: its second difference has deviation sqrt(5) s at every column. A checkerboard of
+    patches that differ by h adds h at borders only, so the measure is E|N(h, 5 s^2)| / E|N(0, 5 s^2)|."""
+    picture = 0.1 * noise(4, 3, 256, 256)
+    assert grid(picture).shape == (4,)
+    torch.testing.assert_close(grid(picture), torch.ones(4), atol=0.03, rtol=0)
+    board = (torch.arange(256) // 8)
+    height = 0.4
+    patches = height * ((board[:, None] + board) % 2)
+    deviation = torch.tensor(5.0).sqrt() * 0.1
+    normal = torch.distributions.Normal(0.0, 1.0)
+    x = height / deviation
+    folded = deviation * (torch.tensor(2 / torch.pi).sqrt() * (-x * x / 2).exp() + x * (1 - 2 * normal.cdf(-x)))
+    expected = folded / (deviation * torch.tensor(2 / torch.pi).sqrt())
+    torch.testing.assert_close(grid(picture + patches).mean(), expected, atol=0.03, rtol=0)
+
+
+def test_penalty_sees_borders_and_not_texture():
+    smooth = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64).clone().requires_grad_()
+    assert grid_penalty(smooth) < 1e-4
+    board = torch.arange(64) // 8
+    patches = (0.1 * ((board[:, None] + board) % 2)).expand(1, 3, 64, 64)
+    # A jump of 0.1 and nothing inside: 0.1 / floor
+    torch.testing.assert_close(grid_penalty(patches), torch.tensor(0.1 / 0.03), atol=1e-4, rtol=1e-4)
+    # A texture finer than a patch has as many jumps inside as over borders.
+    columns = (torch.arange(64) % 2).float().expand(1, 3, 64, 64)
+    assert grid_penalty(columns) < 1e-4
+    # The same with its borders wiped: columns 6 to 9 of every pair of patches are alike, so nothing bends at 8.
+    wiped = columns.clone()
+    for border in range(8, 64, 8):
+        wiped[..., border - 2 : border + 2] = 0.5
+    assert grid_penalty(wiped) > 0.3
+
+
+def test_strange_latents_keep_shape_and_stay_bounded():
+    std = torch.ones(16, 1, 1)
+    torch.manual_seed(0)
+    z = noise(6, 16, 8, 8)
+    odd = strange(z, std)
+    assert odd.shape == z.shape and odd.isfinite().all()
+    assert (odd - z).abs().amax(dim=(1, 2, 3)).min() > 0 and odd.std() < 2
