@@ -107,8 +107,19 @@ def unet_process(options, pools, validation, rank, rendezvous):
     trainer.run(options.minutes)
 
 
+def load_pools(options):
+    """As `data.load_pools`, kept in --work: a resumed training does not read thousands of files again."""
+    path = options.work / "pools.pt"
+    if not path.exists():
+        pools, _ = data.load_pools(options.assets, options.drawings, options.seed)
+        save_atomically({k: ([torch.from_numpy(np.array(i)) for i in v.images], v.max_zoom) for k, v in pools.items()}, path)
+    saved = torch.load(path, weights_only=True)
+    pools = {kind: data.Pool([image.numpy() for image in images], zoom) for kind, (images, zoom) in saved.items()}
+    return pools, data.validation_photos(options.assets, options.seed)
+
+
 def train_decoder(options):
-    pools, validation = data.load_pools(options.assets, options.drawings, options.seed)
+    pools, validation = load_pools(options)
     torch.manual_seed(options.seed)
     before, *_ = load_autoencoder(options.work)
     model = MiniAutoencoder(finish=FINISH)
@@ -119,7 +130,7 @@ def train_decoder(options):
 
 
 def train_transformer(options):
-    pools, validation = data.load_pools(options.assets, options.drawings, options.seed)
+    pools, validation = load_pools(options)
     model, mean, std, *_ = load_autoencoder(options.work)
 
     def encode(pixels):
