@@ -1,8 +1,9 @@
 """Inversion nodes: from an image's latent to the noise that reproduces it, and the proof that it does."""
 
 from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 
-from .host.trajectories.inversion import SCHEMES, invert
+from .host.trajectories.inversion import DEFAULT_SCHEME, SCHEMES, TOLERANCE, inverted_noise, invert
 from .host.trajectories.report import inversion_report
 from .sockets import TrajectorySocket
 
@@ -17,11 +18,12 @@ class DDIMInversion(io.ComfyNode):
             display_name="DDIM Inversion",
             category=CATEGORY,
             description="Finds the noise from which deterministic sampling returns to this image. Connect the same "
-            "SIGMAS here and to the sampler, and sample with add_noise off, sampler euler, cfg 1.",
+            "SIGMAS here and to the sampler, and sample with sampler euler, cfg 1: the noise into SamplerCustomAdvanced, "
+            "or the latent into SamplerCustom with add_noise off (not on flow models).",
             search_aliases=["invert", "inversion", "null text", "unsample", "noise", "styleid", "real image editing"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to invert with; sample with the same one."),
-                io.Latent.Input("latent", tooltip="The encoded image(s), from VAE Encode."),
+                io.Latent.Input("latent", tooltip="The encoded image(s) or video, from VAE Encode."),
                 io.Sigmas.Input("sigmas", tooltip="The sampling schedule (descending, ending in 0), from Basic Scheduler."),
                 io.Conditioning.Input(
                     "positive",
@@ -32,16 +34,18 @@ class DDIMInversion(io.ComfyNode):
                 io.Combo.Input(
                     "scheme",
                     options=list(SCHEMES),
-                    default="fixed_point",
-                    tooltip="fixed_point: solves each step, exact up to rounding. next: one evaluation a step at the "
-                    "entered noise level (diffusers). current: at the left one (CompVis).",
+                    default=DEFAULT_SCHEME,
+                    tooltip="predicted: one evaluation a step, guessed from the step before. fixed_point: goes on until sampling "
+                    "undoes each step within the tolerance. next: the entered noise level (diffusers). current: the left one "
+                    "(CompVis). midpoint: second order, for samplers that are too.",
                 ),
                 io.Int.Input(
                     "iterations",
                     default=5,
                     min=0,
                     max=50,
-                    tooltip="Fixed-point iterations a step: each costs one model evaluation; 0 is the same as next.",
+                    tooltip="fixed_point only: the most evaluations a step after the first; it stops earlier at the tolerance. "
+                    "0 is the same as next.",
                 ),
                 io.Int.Input(
                     "substeps",
@@ -52,19 +56,44 @@ class DDIMInversion(io.ComfyNode):
                     tooltip="Forward steps per sampling step; only the schedule's own levels are kept. "
                     "DiffStyler's 1000-step inversion is 50 sampling steps with 20 substeps.",
                 ),
+                io.Float.Input(
+                    "tolerance",
+                    default=TOLERANCE,
+                    min=0.0,
+                    max=1.0,
+                    step=1e-6,
+                    round=1e-8,
+                    advanced=True,
+                    tooltip="fixed_point only: a step is done when what sampling would miss of it, over the latent's length, "
+                    "is below this. 0 goes to rounding.",
+                ),
             ],
             outputs=[
-                io.Latent.Output(display_name="noise", tooltip="The latent at the schedule's first sigma: the sampler's latent_image."),
+                io.Latent.Output(
+                    display_name="noise",
+                    tooltip="The latent at the schedule's first sigma: a sampler's latent_image, without added noise. Flow models "
+                    "ignore latent_image there: use NOISE.",
+                ),
                 TrajectorySocket.Output(
                     display_name="trajectory",
                     tooltip="The latent of every step, for Capture Features, Inversion Report and Keep Outside Mask.",
+                ),
+                io.Noise.Output(
+                    display_name="NOISE",
+                    tooltip="The same as noise for SamplerCustomAdvanced, on every model: sampling starts from the inverted latent "
+                    "whatever latent_image is.",
                 ),
             ],
         )
 
     @classmethod
-    def execute(cls, model, latent, sigmas, positive=None, scheme="fixed_point", iterations=5, substeps=1) -> io.NodeOutput:
-        return io.NodeOutput(*invert(model, latent, sigmas, positive, scheme, iterations, substeps))
+    def execute(
+        cls, model, latent, sigmas, positive=None, scheme=DEFAULT_SCHEME, iterations=5, substeps=1, tolerance=TOLERANCE
+    ) -> io.NodeOutput:
+        noise, trajectory = invert(model, latent, sigmas, positive, scheme, iterations, substeps, tolerance)
+        sampler_noise = inverted_noise(model, trajectory)
+        refusal = sampler_noise.latent_refusal()
+        return io.NodeOutput(noise if refusal is None else ExecutionBlocker(refusal), trajectory, sampler_noise)
 
 
 class InversionReport(io.ComfyNode):
@@ -74,7 +103,7 @@ class InversionReport(io.ComfyNode):
             node_id="PasticheInversionReport",
             display_name="Inversion Report",
             category=CATEGORY,
-            description="Samples an inversion back and shows original, reconstruction and amplified difference, with "
+            description="Samples an inversion back with euler and shows original, reconstruction and amplified difference, with "
             "the PSNR in latent and pixel space.",
             search_aliases=["reconstruction", "psnr", "inversion quality", "round trip"],
             is_output_node=True,

@@ -66,10 +66,10 @@ class Trajectory:
     """A DDIM inversion, noise level by noise level.
 
     sigmas:       (S + 1,) float32, ascending from 0: the sampling schedule reversed.
-    latents:      (S + 1, B, C, H, W) float32 on the CPU, in the model's own latent space;
+    latents:      (S + 1, B, C, H, W) or (S + 1, B, C, T, H, W) float32 on the CPU, in the model's own latent space;
                   latents[j] is the latent at sigmas[j], latents[0] the clean one.
     conditioning: the CONDITIONING that predicted every step (one entry).
-    scheme:       "fixed_point" | "next" | "current".
+    scheme:       the inversion's name in algorithms.inversion.SCHEMES.
     fingerprint:  of the MODEL that made it.
     """
 

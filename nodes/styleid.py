@@ -1,8 +1,9 @@
 """StyleID nodes (Chung, Hyun, Heo 2024): latent AdaIN and style injection."""
 
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 
-from .host.trajectories.latent_adain import latent_adain
+from .host.trajectories.latent_adain import latent_adain, noise_adain
 from .host.injections.style import inject_style
 from .sockets import FeaturesSocket
 
@@ -20,20 +21,36 @@ class LatentAdaIN(io.ComfyNode):
             "a photo and a painting it carries over colour and tone.",
             search_aliases=["adain", "adaptive instance normalization", "color transfer", "styleid"],
             inputs=[
-                io.Latent.Input("content", tooltip="The latent that keeps its shapes: the content's noise from DDIM Inversion."),
-                io.Latent.Input("style", tooltip="The latent whose statistics are taken: the style's noise. Any size."),
+                io.MultiType.Input(
+                    "content",
+                    [io.Latent, io.Noise],
+                    tooltip="The latent that keeps its shapes: the content's noise from DDIM Inversion, or its NOISE.",
+                ),
+                io.MultiType.Input(
+                    "style",
+                    [io.Latent, io.Noise],
+                    tooltip="The latent whose statistics are taken: the style's noise, or its NOISE if content is one. Any size.",
+                ),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="0 leaves the content as it is, 1 is the paper's."
                 ),
                 io.Mask.Input("content_mask", optional=True, tooltip="Restyle only here, with statistics of this region."),
                 io.Mask.Input("style_mask", optional=True, tooltip="Take the style's statistics from this region only."),
             ],
-            outputs=[io.Latent.Output(display_name="latent", tooltip="The sampler's latent_image for StyleID.")],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The sampler's latent_image for StyleID."),
+                io.Noise.Output(display_name="NOISE", tooltip="For SamplerCustomAdvanced, where content and style are NOISE."),
+            ],
         )
 
     @classmethod
     def execute(cls, content, style, strength=1.0, content_mask=None, style_mask=None) -> io.NodeOutput:
-        return io.NodeOutput(latent_adain(content, style, strength, content_mask, style_mask))
+        if isinstance(content, dict) and isinstance(style, dict):
+            missing = "There is no NOISE where content and style are latents: connect DDIM Inversion's NOISE to both."
+            return io.NodeOutput(latent_adain(content, style, strength, content_mask, style_mask), ExecutionBlocker(missing))
+        noise = noise_adain(content, style, strength, content_mask, style_mask)
+        refusal = noise.latent_refusal()
+        return io.NodeOutput({"samples": noise.as_latent()} if refusal is None else ExecutionBlocker(refusal), noise)
 
 
 class StyleInjection(io.ComfyNode):

@@ -55,3 +55,16 @@ def test_bad_input_gets_a_sentence():
         latent_adain(content, {"samples": style["samples"] / 0}, 1.0, None, None)
     with pytest.raises(ValueError, match="3 masks for 2 latents"):
         latent_adain(content, style, 1.0, torch.ones(3, 8, 8), None)
+
+
+def test_a_video_is_one_picture_of_all_its_frames():
+    content, style = random_latent(6, 9, 2), 2 * random_latent(6, 9, 2, seed=1) + 1
+    below = [{"samples": latent} for latent in (content, style)]
+    frames = [{"samples": latent.reshape(2, 4, 3, 2, 9)} for latent in (content, style)]  # three frames of two rows
+    for ones in (None, torch.ones(1, 6, 9)):
+        video = latent_adain(*frames, 0.7, ones, ones)["samples"]
+        assert video.shape == (2, 4, 3, 2, 9)
+        assert torch.allclose(video.flatten(2, 3), latent_adain(*below, 0.7, ones, ones)["samples"], atol=1e-5)
+    half = torch.tensor([1.0, 0.0]).view(1, 2, 1).expand(1, 2, 9)  # the upper row of every frame
+    out = latent_adain(*frames, 1.0, half, None)["samples"]
+    assert torch.equal(out[..., 1, :], frames[0]["samples"][..., 1, :]) and not torch.equal(out, frames[0]["samples"])

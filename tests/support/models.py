@@ -29,7 +29,11 @@ import comfy.supported_models_base
 import torch
 
 FAMILIES = ("sd15", "sd20", "sdxl")
-PREDICTIONS = {"eps": comfy.model_base.ModelType.EPS, "v": comfy.model_base.ModelType.V_PREDICTION}
+PREDICTIONS = {
+    "eps": comfy.model_base.ModelType.EPS,
+    "v": comfy.model_base.ModelType.V_PREDICTION,
+    "flow": comfy.model_base.ModelType.FLOW,
+}
 
 # num_res_blocks, transformer depth of each encoder block, of the middle, of each decoder block (in the
 # order ComfyUI keeps them: highest resolution first, taken from the end while the decoder is built)

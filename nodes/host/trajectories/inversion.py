@@ -10,19 +10,24 @@ import comfy.sample
 import comfy.samplers
 import latent_preview
 import torch
+from comfy.patcher_extension import WrappersMP
 
-from ...algorithms.inversion import SCHEMES, Predict, ddim_step, step_current, step_fixed_point
+from ...algorithms.inversion import SCHEMES, Landing, Leg, Predict
 from ...sockets import Trajectory
 from ..networks.conditioning import inversion_conditioning
 from ..networks.fingerprint import fingerprint
+from .noise import InvertedNoise
 
 Walk = Callable[[Predict, torch.Tensor, Callable], torch.Tensor]
-"""(predict, x (B, C, H, W) in model space, report(i, x, denoised)) -> x."""
+"""(predict, x (B, C, ...) in model space, report(i, x, denoised)) -> x."""
+
+DEFAULT_SCHEME = "fixed_point"
+TOLERANCE = 1e-4
 
 
 def walk_latent(model: Any, samples: torch.Tensor, conditioning: list, sigmas: torch.Tensor, walk: Walk) -> torch.Tensor:
     """Runs `walk` inside a real sampling of `model` without guidance, so that loading, offloading, wrappers,
-    previews, progress and Cancel are ComfyUI's own. `samples` is a LATENT's (B, C, H, W); returns the like.
+    previews, progress and Cancel are ComfyUI's own. `samples` is a LATENT's (B, C, ...); returns the like.
 
     `report(i, x, denoised)` moves the progress bar and preview; predictions check for Cancel by themselves.
     """
@@ -73,9 +78,11 @@ def check_schedule(sigmas: torch.Tensor) -> torch.Tensor:
 
 
 def check_latent(latent: dict, what: str = "latent") -> torch.Tensor:
+    """A LATENT's samples, (B, C, H, W) or (B, C, T, H, W); ValueError for other shapes and for NaN."""
     samples = latent["samples"]
-    if samples.is_nested or samples.ndim != 4:
-        raise ValueError(f"{what}: expected an image latent (B, C, H, W), got {tuple(samples.shape)}.")
+    if samples.is_nested or samples.ndim not in (4, 5):
+        shape = "several latents of different kinds" if samples.is_nested else tuple(samples.shape)
+        raise ValueError(f"{what}: expected a latent (B, C, H, W) or (B, C, T, H, W), got {shape}.")
     if not bool(torch.isfinite(samples).all()):
         raise ValueError(
             f"{what}: holds NaN or infinite values. The usual cause is a VAE in half precision: "
@@ -84,85 +91,128 @@ def check_latent(latent: dict, what: str = "latent") -> torch.Tensor:
     return samples
 
 
+def check_plain(model: Any) -> None:
+    """Raises ValueError for a MODEL that carries an injection of ours: its features belong to another run."""
+    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, "pastiche") or model.get_wrappers(WrappersMP.OUTER_SAMPLE, "pastiche_keep_outside"):
+        raise ValueError(
+            "model: it already carries an injection, which would change the inversion. "
+            "Connect the model from before Style Injection, h-space Slerp, Feature Injection or Keep Outside Mask."
+        )
+
+
 def invert(
     model: Any,
     latent: dict,
     sigmas: torch.Tensor,
     positive: list | None = None,
-    scheme: str = "fixed_point",
+    scheme: str = DEFAULT_SCHEME,
     iterations: int = 5,
     substeps: int = 1,
+    tolerance: float = TOLERANCE,
 ) -> tuple[dict, Trajectory]:
     """DDIM inversion of a LATENT along a sampling schedule.
 
     sigmas: (S + 1,) descending to 0. substeps: forward steps per sampling step; only the schedule's own
     levels are kept (the papers' 1000-step inversion with 50 kept is 50 sigmas and 20 substeps).
-    Returns the LATENT at sigmas[0] and the Trajectory. Raises ValueError on bad schedules and latents.
+    tolerance: residual over |x'| at which `fixed_point` stops, at the latest after `iterations`.
+    Returns the LATENT at sigmas[0] (see `noise_latent`) and the Trajectory. Raises ValueError on bad schedules and
+    latents, and for a MODEL with an injection.
     """
     if scheme not in SCHEMES:
         raise ValueError(f'scheme: got "{scheme}", choose among {", ".join(SCHEMES)}.')
+    check_plain(model)
     ascending = check_schedule(sigmas)
     samples = check_latent(latent)
     samples = comfy.sample.fix_empty_latent_channels(model, samples)
     conditioning = inversion_conditioning(model, positive)
     path = _refine(model, ascending, substeps)
+    sampling = model.get_model_object("model_sampling")
     kept: list[torch.Tensor] = []
-    strays: list[int] = []
+    notes = _Notes(tolerance)
 
     def walk(predict: Predict, x: torch.Tensor, report: Callable) -> torch.Tensor:
-        levels = path.to(x.device)
-        sampling = model.get_model_object("model_sampling")
-        smallest = sampling.sigma_min.to(x)
+        levels, eps = path.to(x.device), None
         kept.append(x.float().cpu())
         for i in range(len(levels) - 1):
-            sigma, sigma_next = levels[i], levels[i + 1]
-            if scheme == "current":
-                x, denoised = step_current(predict, x, torch.maximum(sigma, smallest), sigma_next)
-            else:
-                x, denoised, diverged = step_fixed_point(
-                    predict, x, sigma, sigma_next, iterations if scheme == "fixed_point" else 0,
-                    _input_scale(sampling, sigma) / _input_scale(sampling, sigma_next),
-                )
-                if bool(diverged.any()):
-                    strays.append(i)
+            leg = Leg(
+                levels[i], levels[i + 1], eps, sampling.sigma_min.to(x), lambda sigma: _input_scale(sampling, sigma),
+                iterations, tolerance,
+            )
+            landing = SCHEMES[scheme](predict, x, leg)
+            x, eps = landing.x, landing.eps
+            notes.take(landing, float(path[i + 1]))
             if (i + 1) % substeps == 0:
                 kept.append(x.float().cpu())
-            report(i, x, denoised)
+            report(i, x, landing.denoised)
         return x
 
     walk_latent(model, samples, conditioning, path, walk)
-    if strays:
-        logging.warning(
-            "Pastiche: the fixed-point inversion diverged at %d of %d steps (first at sigma %.3f) and kept its best "
-            "iterate there. More steps or no guidance make it converge.",
-            len(strays), len(path) - 1, float(path[strays[0] + 1]),
-        )
+    notes.tell(len(path) - 1)
     trajectory = Trajectory(ascending, torch.stack(kept), conditioning, scheme, fingerprint(model))
-    out = {name: value for name, value in latent.items() if name not in ("noise_mask", "downscale_ratio_spacial")}
-    out["samples"] = noise_latent(model, trajectory)
-    return out, trajectory
+    out = {name: value for name, value in latent.items() if not name.startswith(("noise_mask", "downscale_ratio"))}
+    return out | {"samples": noise_latent(model, trajectory)}, trajectory
+
+
+class _Notes:
+    """What the log says about the fixed-point iteration: once an inversion."""
+
+    def __init__(self, tolerance: float):
+        self._tolerance = tolerance
+        self._diverged: list[float] = []
+        self._short: list[float] = []
+        self._worst = 0.0
+
+    def take(self, landing: Landing, sigma: float) -> None:
+        if landing.residual is None:
+            return
+        if bool(landing.diverged.any()):
+            self._diverged.append(sigma)
+        if not bool((landing.residual <= self._tolerance).all()):
+            self._short.append(sigma)
+            self._worst = max(self._worst, float(landing.residual.max()))
+
+    def tell(self, steps: int) -> None:
+        if self._diverged:
+            logging.warning(
+                "Pastiche: the fixed-point inversion diverged at %d of %d steps (first at sigma %.3f) and kept its best "
+                "iterate there. More steps or no guidance make it converge.",
+                len(self._diverged), steps, self._diverged[0],
+            )
+        if self._short:
+            logging.info(
+                "Pastiche: the fixed-point inversion stopped above its tolerance (%.1e) at %d of %d steps; the largest "
+                "residual is %.1e.", self._tolerance, len(self._short), steps, self._worst,
+            )
 
 
 def noise_latent(model: Any, trajectory: Trajectory) -> torch.Tensor:
-    """The trajectory's last latent as a LATENT's samples: (B, C, H, W), what the sampler continues from."""
-    samples = model.model.process_latent_out(trajectory.latents[-1])
-    return samples.to(comfy.model_management.intermediate_device())
+    """The trajectory's last latent as a LATENT's samples: (B, C, ...), what the sampler continues from."""
+    return inverted_noise(model, trajectory).as_latent()
+
+
+def inverted_noise(model: Any, trajectory: Trajectory) -> InvertedNoise:
+    """The trajectory's last latent as NOISE."""
+    return InvertedNoise(model, trajectory.schedule, trajectory.latents[-1])
 
 
 def reconstruct(model: Any, trajectory: Trajectory) -> torch.Tensor:
-    """Samples the trajectory back with plain DDIM steps; (B, C, H, W) clean latent in LATENT space, float32 CPU."""
-    levels = trajectory.schedule
+    """Samples the trajectory back as SamplerCustomAdvanced would: NOISE, an empty latent, euler, no guidance.
 
-    def walk(predict: Predict, x: torch.Tensor, report: Callable) -> torch.Tensor:
-        sigmas = levels.to(x.device)
-        x = trajectory.latents[-1].to(x)
-        for i in range(len(sigmas) - 1):
-            denoised = predict(x, sigmas[i])
-            x = ddim_step(x, denoised, sigmas[i], sigmas[i + 1])
-            report(i, x, denoised)
-        return x
-
-    return walk_latent(model, noise_latent(model, trajectory), trajectory.conditioning, levels, walk).float().cpu()
+    Returns the (B, C, ...) clean latent in LATENT space, float32 on the CPU.
+    """
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": trajectory.conditioning})
+    guider.set_cfg(1.0)
+    latent = torch.zeros_like(trajectory.latents[-1])
+    return guider.sample(
+        inverted_noise(model, trajectory).generate_noise({"samples": latent}),
+        latent,
+        comfy.samplers.sampler_object("euler"),
+        trajectory.schedule,
+        callback=latent_preview.prepare_callback(model, trajectory.steps),
+        disable_pbar=True,
+        seed=0,
+    ).float().cpu()
 
 
 def _input_scale(model_sampling: Any, sigma: torch.Tensor) -> torch.Tensor:

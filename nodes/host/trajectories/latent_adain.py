@@ -7,6 +7,21 @@ import torch
 from ...algorithms.masks import resize_mask
 from ...algorithms.styleid import adain, blend
 from .inversion import check_latent
+from .noise import InvertedNoise
+
+
+def noise_adain(
+    content: InvertedNoise, style: InvertedNoise, strength: float, content_mask: torch.Tensor | None, style_mask: torch.Tensor | None
+) -> InvertedNoise:
+    """`latent_adain` of two inversions' NOISE, in the model's own latent space."""
+    for name, noise in (("content", content), ("style", style)):
+        if not isinstance(noise, InvertedNoise):
+            raise ValueError(
+                f"{name}: expected DDIM Inversion's NOISE on both content and style, or its noise latent on both; "
+                f"got {type(noise).__name__}."
+            )
+    styled = latent_adain({"samples": content.latent}, {"samples": style.latent}, strength, content_mask, style_mask)
+    return InvertedNoise(content.model, content.sigmas, styled["samples"])
 
 
 def latent_adain(
@@ -15,7 +30,8 @@ def latent_adain(
     """Content LATENT with the style LATENT's channel statistics (StyleID eq. 7).
 
     Masks (B or 1, H, W) of any size choose what the statistics are taken from; the content's mask also limits
-    what changes, softly. strength blends, 0..1. Raises ValueError for unlike channels or batches.
+    what changes, softly. strength blends, 0..1. A video's statistics are over all its frames.
+    Raises ValueError for unlike channels or batches.
     """
     target, reference = check_latent(content, "content"), check_latent(style, "style").to(content["samples"])
     if target.shape[1] != reference.shape[1]:
@@ -31,15 +47,23 @@ def latent_adain(
         return content
     weights = {name: _latent_mask(mask, name, latent) for name, mask, latent in
                (("content_mask", content_mask, target), ("style_mask", style_mask, reference))}
-    styled = adain(target.float(), reference.float(), weights["content_mask"], weights["style_mask"]).to(target)
-    weight = strength if content_mask is None else strength * weights["content_mask"].to(target)
-    return content | {"samples": blend(target, styled, weight)}
+    flat, weight = _as_picture(target), strength
+    styled = adain(flat.float(), _as_picture(reference).float(), weights["content_mask"], weights["style_mask"]).to(target)
+    if content_mask is not None:
+        weight = strength * weights["content_mask"].to(target)
+    return content | {"samples": blend(flat, styled, weight).reshape(target.shape)}
+
+
+def _as_picture(latent: torch.Tensor) -> torch.Tensor:
+    """BCTHW -> BC(TH)W: a video's frames below each other; BCHW stays."""
+    return latent.flatten(2, 3) if latent.ndim == 5 else latent
 
 
 def _latent_mask(mask: torch.Tensor | None, name: str, latent: torch.Tensor) -> torch.Tensor | None:
-    """(B, H, W) in pixels -> (B, 1, h, w) on the latent's grid."""
+    """(B, H, W) in pixels -> (B, 1, h, w) on the latent's grid, once for every frame."""
     if mask is None:
         return None
     if mask.shape[0] not in (1, latent.shape[0]):
         raise ValueError(f"{name}: {mask.shape[0]} masks for {latent.shape[0]} latents; connect one mask or {latent.shape[0]}.")
-    return resize_mask(mask, *latent.shape[-2:]).unsqueeze(1)
+    resized = resize_mask(mask, *latent.shape[-2:]).unsqueeze(1)  # BHW -> B1hw
+    return resized.repeat(1, 1, latent.shape[2], 1) if latent.ndim == 5 else resized

@@ -22,6 +22,11 @@ def inversion_report(model: Any, trajectory: Trajectory, vae: Any, amplify: floa
     original = model.model.process_latent_out(trajectory.latents[0])
     result = reconstruct(model, trajectory)
     in_latents = psnr(result, original, float(original.max() - original.min()))
-    before, after = (vae.decode(latent)[..., :3].float().cpu() for latent in (original, result))
+    before, after = (_images(vae.decode(latent)) for latent in (original, result))
     difference = (0.5 + amplify * (after - before)).clamp(0, 1)
     return torch.cat([before, after, difference], dim=2), in_latents, psnr(after, before, 1.0)
+
+
+def _images(decoded: torch.Tensor) -> torch.Tensor:
+    """BHWC or BTHWC -> BHWC, frames one after another, colours only."""
+    return decoded.reshape(-1, *decoded.shape[-3:])[..., :3].float().cpu()
