@@ -227,11 +227,20 @@ def test_adain_refuses_what_is_no_inversion(models):
 
 
 def test_a_model_with_an_injection_is_refused(models, positive):
-    from pastiche.nodes.host.injections.keep_outside import blend_trajectory
+    from pastiche.nodes.host.injections.keep_outside import keep_content_outside
 
     model, latent = models["eps"], {"samples": clean((1, 4, 8, 8))}
     sigmas = schedule(model, 2, "simple")
     _, trajectory = invert(model, latent, sigmas, positive)
-    injected = blend_trajectory(model, trajectory, torch.zeros(1, 8, 8))
-    with pytest.raises(ValueError, match="already carries an injection"):
+    injected = keep_content_outside(model, trajectory, torch.zeros(1, 8, 8))
+    with pytest.raises(ValueError, match="already carries Keep Outside Mask"):
         invert(injected, latent, sigmas, positive)
+
+
+def test_a_network_without_a_known_empty_prompt_asks_for_one(models):
+    from support.models import tiny_unet
+
+    model = tiny_unet()
+    model.model.diffusion_model = torch.nn.Identity()
+    with pytest.raises(ValueError, match="positive: .* CLIP Text Encode"):
+        invert(model, {"samples": clean((1, 4, 8, 8))}, schedule(model, 2))

@@ -21,4 +21,7 @@ def inversion_conditioning(model: ModelPatcher, positive: list | None) -> list:
         if "area" in positive[0][1]:
             raise ValueError("positive: inversion covers the whole image; remove the area from the conditioning.")
         return positive
-    return find_adapter(model).empty_prompt()
+    try:
+        return find_adapter(model).empty_prompt()
+    except ValueError as error:
+        raise ValueError("positive: this model's empty prompt is not known; connect a CLIP Text Encode, empty or not.") from error

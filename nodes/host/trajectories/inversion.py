@@ -10,12 +10,12 @@ import comfy.sample
 import comfy.samplers
 import latent_preview
 import torch
-from comfy.patcher_extension import WrappersMP
 
 from ...algorithms.inversion import SCHEMES, Landing, Leg, Predict
 from ...sockets import Trajectory
 from ..networks.conditioning import inversion_conditioning
 from ..networks.fingerprint import fingerprint
+from ..networks.marks import require_plain
 from .noise import InvertedNoise
 
 Walk = Callable[[Predict, torch.Tensor, Callable], torch.Tensor]
@@ -91,15 +91,6 @@ def check_latent(latent: dict, what: str = "latent") -> torch.Tensor:
     return samples
 
 
-def check_plain(model: Any) -> None:
-    """Raises ValueError for a MODEL that carries an injection of ours: its features belong to another run."""
-    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, "pastiche") or model.get_wrappers(WrappersMP.OUTER_SAMPLE, "pastiche_keep_outside"):
-        raise ValueError(
-            "model: it already carries an injection, which would change the inversion. "
-            "Connect the model from before Style Injection, h-space Slerp, Feature Injection or Keep Outside Mask."
-        )
-
-
 def invert(
     model: Any,
     latent: dict,
@@ -120,7 +111,7 @@ def invert(
     """
     if scheme not in SCHEMES:
         raise ValueError(f'scheme: got "{scheme}", choose among {", ".join(SCHEMES)}.')
-    check_plain(model)
+    require_plain(model, "would change the inversion")
     ascending = check_schedule(sigmas)
     samples = check_latent(latent)
     samples = comfy.sample.fix_empty_latent_channels(model, samples)
