@@ -1,9 +1,9 @@
 """Inversion nodes: from an image's latent to the noise that reproduces it, and the proof that it does."""
 
 from comfy_api.latest import io, ui
-from comfy_execution.graph_utils import ExecutionBlocker
 
 from .host.trajectories.inversion import DEFAULT_SCHEME, SCHEMES, TOLERANCE, inverted_noise, invert
+from .host.trajectories.noise import latent_output
 from .host.trajectories.report import inversion_report
 from .sockets import TrajectorySocket
 
@@ -92,8 +92,7 @@ class DDIMInversion(io.ComfyNode):
     ) -> io.NodeOutput:
         noise, trajectory = invert(model, latent, sigmas, positive, scheme, iterations, substeps, tolerance)
         sampler_noise = inverted_noise(model, trajectory)
-        refusal = sampler_noise.latent_refusal()
-        return io.NodeOutput(noise if refusal is None else ExecutionBlocker(refusal), trajectory, sampler_noise)
+        return io.NodeOutput(latent_output(sampler_noise, noise), trajectory, sampler_noise)
 
 
 class InversionReport(io.ComfyNode):

@@ -1,9 +1,9 @@
 """StyleID nodes (Chung, Hyun, Heo 2024): latent AdaIN and style injection."""
 
 from comfy_api.latest import io
-from comfy_execution.graph_utils import ExecutionBlocker
 
 from .host.trajectories.latent_adain import latent_adain, noise_adain
+from .host.trajectories.noise import latent_output, no_output
 from .host.injections.style import inject_style
 from .sockets import FeaturesSocket
 
@@ -46,11 +46,10 @@ class LatentAdaIN(io.ComfyNode):
     @classmethod
     def execute(cls, content, style, strength=1.0, content_mask=None, style_mask=None) -> io.NodeOutput:
         if isinstance(content, dict) and isinstance(style, dict):
-            missing = "There is no NOISE where content and style are latents: connect DDIM Inversion's NOISE to both."
-            return io.NodeOutput(latent_adain(content, style, strength, content_mask, style_mask), ExecutionBlocker(missing))
+            missing = no_output("There is no NOISE where content and style are latents: connect DDIM Inversion's NOISE to both.")
+            return io.NodeOutput(latent_adain(content, style, strength, content_mask, style_mask), missing)
         noise = noise_adain(content, style, strength, content_mask, style_mask)
-        refusal = noise.latent_refusal()
-        return io.NodeOutput({"samples": noise.as_latent()} if refusal is None else ExecutionBlocker(refusal), noise)
+        return io.NodeOutput(latent_output(noise, {"samples": noise.as_latent()}), noise)
 
 
 class StyleInjection(io.ComfyNode):

@@ -8,6 +8,7 @@ from typing import Any
 import comfy.model_management
 import comfy.samplers
 import torch
+from comfy_execution.graph_utils import ExecutionBlocker
 
 ALIKE = 1e-6  # a share of the latent or noise that a sampler keeps; below it the start cannot be set
 
@@ -73,3 +74,14 @@ class InvertedNoise:
         model_wrap = SimpleNamespace(inner_model=SimpleNamespace(model_sampling=sampling))
         everything = comfy.samplers.Sampler().max_denoise(model_wrap, self.sigmas)
         return sampling.noise_scaling(self.sigmas[:1].cpu(), noise, latent, everything)
+
+
+def latent_output(noise: InvertedNoise, latent: dict) -> dict | ExecutionBlocker:
+    """`latent` as a node's output; where a sampler would lose it, what stops the nodes behind it with the reason."""
+    refusal = noise.latent_refusal()
+    return latent if refusal is None else ExecutionBlocker(refusal)
+
+
+def no_output(reason: str) -> ExecutionBlocker:
+    """An output that there is not: nodes behind it stop with `reason`."""
+    return ExecutionBlocker(reason)
