@@ -7,6 +7,7 @@
     python tools/train_mini.py --assets DIR --drawings DIR --work DIR transformer --minutes 85
     python tools/train_mini.py --work DIR export            # at any time: EMA so far, fp16
     python tools/train_mini.py --assets DIR --work DIR report   # numbers and pictures of docs/mini
+    python tools/train_mini.py --assets DIR --work DIR report-transformer
 
 Needs ComfyUI on the path (COMFYUI_PATH). Every stage writes checkpoints under --work every few
 minutes, whole files only, and the U-Net resumes where it stopped. Seeded; with wall-clock rates
@@ -39,7 +40,7 @@ comfy_args.use_pytorch_cross_attention = True
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from mini_autoencoder import MiniAutoencoder  # noqa: E402
-from mini_training import autoencoder, data, evaluate, export  # noqa: E402
+from mini_training import autoencoder, data, evaluate, evaluate_transformer, export  # noqa: E402
 from mini_training.decoder import FINISH, DecoderTrainer  # noqa: E402
 from mini_training.diffusion import Trainer, save_atomically  # noqa: E402
 from mini_training.flow import FlowTrainer  # noqa: E402
@@ -131,12 +132,12 @@ def train_decoder(options):
 
 def train_transformer(options):
     pools, validation = load_pools(options)
-    model, mean, std, *_ = load_autoencoder(options.work)
+    model, mean, std, *_ = (part.to(options.device) for part in load_autoencoder(options.work))
 
     def encode(pixels):
         return (model.encode(pixels) - mean[:, None, None]) / std[:, None, None]
 
-    trainer = FlowTrainer(encode, pools, validation, options.work, options.seed, options.device, batch=options.batch)
+    trainer = FlowTrainer(encode, pools, validation, options.work, options.seed, options.device, batch=options.batch, workers=options.workers)
     trainer.resume(export.shipped_transformer(SHIPPED_TRANSFORMER) if SHIPPED_TRANSFORMER.exists() else None)
     trainer.run(options.minutes)
 
@@ -156,7 +157,7 @@ def export_all(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("autoencoder", "unet", "decoder", "transformer", "export", "report"))
+    parser.add_argument("stage", choices=("autoencoder", "unet", "decoder", "transformer", "export", "report", "report-transformer"))
     parser.add_argument("--assets", type=Path, help="folder with train_photos/, style/ and content/")
     parser.add_argument("--drawings", type=Path, help="folder of PNG drawings, searched recursively")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")
@@ -166,6 +167,7 @@ def main():
     parser.add_argument("--probe", type=Path, help="latents (B, 16, h, w) of restyled pictures whose grid the decoder stage logs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the transformer stage")
     parser.add_argument("--batch", type=int, default=16, help="of the transformer stage; 256 or more on a GPU")
+    parser.add_argument("--workers", type=int, default=0, help="processes that cut crops for the transformer stage; 14 beside a GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=SHIPPED)
     options = parser.parse_args()
@@ -181,6 +183,9 @@ def main():
         train_transformer(options)
     elif options.stage == "export":
         export_all(options)
+    elif options.stage == "report-transformer":
+        transformer = options.output.with_name(SHIPPED_TRANSFORMER.name)
+        evaluate_transformer.report(options.output, transformer, options.assets, options.work, ROOT / "docs" / "mini")
     else:
         evaluate.report(options.output, options.assets, options.work, ROOT / "docs" / "mini")
 

@@ -4,9 +4,11 @@ All on a tiny random network, so that nothing here depends on which weights the 
 """
 import comfy.model_management
 import comfy.sample
+import numpy as np
 import pytest
 import torch
-from mini_training.data import Pool
+from mini_training.data import KINDS as TRAINED_KINDS
+from mini_training.data import Feed, Pool
 from mini_training.export import export_transformer, shipped_transformer
 from mini_training.flow import FlowTrainer, times
 from mini_training.transformer import CONFIG, FlowTransformer
@@ -215,6 +217,25 @@ def test_training_resumes_where_it_stopped(make_trainer):
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
         assert torch.equal(straight.average[name], other.average[name]), name
+
+
+def test_feed_draws_kinds_by_their_shares():
+    """Every pool has one grey level, so a crop says which pool it is from; four deviations of a proportion as bounds."""
+    pools = {name: Pool([np.full((9, 9, 3), level, np.uint8)], 1.0) for name, level in (("photo", 10), ("painting", 20), ("drawing", 30))}
+    crops, kinds = Feed(pools, 0, [0])(8, 4000)
+    assert crops.shape == (4000, 8, 8, 3)
+    level = crops[:, 0, 0, 0]
+    for name, value, share in (("photo", 10, 0.6), ("painting", 20, 0.28), ("drawing", 30, 0.12)):
+        assert abs((level == value).double().mean() - share) < 4 * (share * (1 - share) / 4000) ** 0.5
+        assert set(kinds[level == value].tolist()) == {0, TRAINED_KINDS.index(name)}
+    assert abs((kinds == 0).double().mean() - 0.15) < 4 * (0.15 * 0.85 / 4000) ** 0.5
+
+
+def test_feeds_workers_draw_different_crops():
+    images = [noise(40, 40, 3, seed=i).mul(40).add(128).clamp(0, 255).byte().numpy() for i in range(3)]
+    feed = Feed({name: Pool(images, 1.5) for name in ("photo", "painting", "drawing")}, 2, [0])
+    first, second = feed(8, 4)[0], feed(8, 4)[0]
+    assert first.shape == second.shape == (4, 8, 8, 3) and not torch.equal(first, second)
 
 
 def test_a_shipped_file_is_where_training_goes_on(make_trainer, file, network):

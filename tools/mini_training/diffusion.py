@@ -10,11 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .data import KINDS, square
+from .data import DROP_KIND, KINDS, SHARE, square
 from .unet import Denoiser, alphas_cumprod
 
-SHARE = {"photo": 0.6, "painting": 0.28, "drawing": 0.12}
-DROP_KIND = 0.15
 FOREIGN_FROM = 400  # timestep from which the bottleneck decides on the coarse picture
 FOREIGN_WEIGHT = 1.0
 

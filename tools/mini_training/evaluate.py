@@ -65,8 +65,8 @@ def sheet(rows):
     return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().numpy())
 
 
-def loss_curve(log, last_step, path, size=(760, 420)):
-    """Training and validation loss over images seen, drawn from unet_log.jsonl; returns the last entry drawn."""
+def loss_curve(log, last_step, path, target="noise", size=(760, 420)):
+    """Training and validation loss over images seen, drawn from a log of lines; returns the last entry drawn."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     entries = [entry for entry in entries if entry["step"] <= last_step]
     shown = {"training": ("train", (150, 160, 180)), "validation (EMA)": ("validation", (190, 60, 40))}
@@ -90,7 +90,7 @@ def loss_curve(log, last_step, path, size=(760, 420)):
     for share in (0, 0.25, 0.5, 0.75, 1):
         x = place(share * last_seen, low)[0]
         draw.text((x - 14, bottom + 8), f"{share * last_seen / 1000:.1f}k", "black")
-    draw.text((left, bottom + 26), "images seen; mean squared error of the predicted noise", "black")
+    draw.text((left, bottom + 26), f"images seen; mean squared error of the predicted {target}", "black")
     for i, (name, (points, color)) in enumerate(series.items()):
         draw.line([place(*point) for point in points], color, 2, joint="curve")
         draw.text((right - 130, top + 16 * i), name, color)

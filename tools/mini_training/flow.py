@@ -4,12 +4,11 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .data import KINDS, square
-from .diffusion import DROP_KIND, SHARE, save_atomically
+from .data import KINDS, Feed, pixels, square
+from .diffusion import save_atomically
 from .transformer import CONFIG, FlowTransformer
 
 UNIFORM = 0.25  # share of times drawn uniformly: an inversion begins at 0, where the logit-normal ones hardly come
@@ -31,8 +30,8 @@ def times(count, generator=None):
 class FlowTrainer:
     """Owns network, EMA copy, optimisers and the clock; `run` trains until its minutes are spent."""
 
-    def __init__(self, encode, pools, validation, work, seed=0, device="cpu", rate=1.5e-3, batch=16, config=CONFIG):
-        self.encode, self.pools, self.work = encode, pools, Path(work)
+    def __init__(self, encode, pools, validation, work, seed=0, device="cpu", rate=1.5e-3, batch=16, workers=0, config=CONFIG):
+        self.encode, self.pools, self.work, self.workers = encode, pools, Path(work), workers
         self.device, self.rate, self.batch, self.seed = torch.device(device), rate, batch, seed
         self.model = FlowTransformer(len(KINDS), config, seed).to(self.device)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
@@ -47,7 +46,7 @@ class FlowTrainer:
         self.seed_samplers()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            self.held_out = encode(torch.stack([square(p, 128) for p in validation[:48]])).to(self.device)
+            self.held_out = encode(torch.stack([square(p, 128) for p in validation[:48]]).to(self.device))
         self.held_out_t = torch.linspace(0.01, 0.99, len(self.held_out)).to(self.device)
         self.held_out_noise = torch.randn(self.held_out.shape, generator=generator).to(self.device)
 
@@ -56,7 +55,7 @@ class FlowTrainer:
         return self.work / "transformer.pt"
 
     def seed_samplers(self, step=0):
-        self.rng = np.random.default_rng([self.seed, step])
+        self.feed = Feed(self.pools, self.workers, [self.seed, step])
         torch.manual_seed(1000 * self.seed + step)
 
     def save(self):
@@ -78,19 +77,13 @@ class FlowTrainer:
             self.model.load_state_dict(state)
             self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
-    def sample(self, count, size):
-        """Latents (count, 16, size/8, size/8) and kind indices of one batch, kinds dropped to the empty one at times."""
-        names = self.rng.choice(list(SHARE), count, p=list(SHARE.values()))
-        pixels = torch.cat([self.pools[name].crops(self.rng, 1, size) for name in names])
-        kinds = [0 if self.rng.random() < DROP_KIND else KINDS.index(name) for name in names]
-        with torch.no_grad():
-            return self.encode(pixels).to(self.device), torch.tensor(kinds, device=self.device)
-
     def train_step(self, size, count, rate):
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        latents, kinds = self.sample(count, size)
+        crops, kinds = (part.to(self.device) for part in self.feed(size, count))
+        with torch.no_grad():
+            latents = self.encode(pixels(crops))
         t = times(count).to(self.device)
         noise = torch.randn_like(latents)
         mixed = torch.lerp(latents, noise, t[:, None, None, None])
