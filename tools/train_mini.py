@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the embedded mini model, nodes/assets/mini.safetensors, from scratch on a CPU.
+"""Makes the embedded mini models, nodes/assets/mini*.safetensors, on a CPU or a GPU.
 
     python tools/train_mini.py --assets DIR --drawings DIR --work DIR autoencoder --minutes 15
     python tools/train_mini.py --assets DIR --drawings DIR --work DIR unet --minutes 85
@@ -10,7 +10,9 @@
     python tools/train_mini.py --assets DIR --work DIR report-transformer
 
 Needs ComfyUI on the path (COMFYUI_PATH). Every stage writes checkpoints under --work every few
-minutes, whole files only, and the U-Net resumes where it stopped. Seeded; with wall-clock rates
+minutes, whole files only, and resumes where it stopped; a network without a checkpoint starts from
+the weights in nodes/assets, so that every session's training adds up. On a GPU: unet and transformer
+with --device cuda --processes 1 --batch 256 --workers 14. Seeded; with wall-clock rates
 a rerun gives an equivalent model, not the same bits.
 
 Data (docs/mini/REPORT.md lists it with licences): ASSETS/train_photos (CC0), ASSETS/style
@@ -80,7 +82,7 @@ def train_autoencoder(options):
 
 
 def train_unet(options):
-    pools, validation = data.load_pools(options.assets, options.drawings, options.seed)
+    pools, validation = load_pools(options)
     # One single-threaded process a core shares a busy machine better than threads, which wait for
     # each other in every operation. Forked before torch computes anything: pictures are shared.
     rendezvous = options.work.resolve() / "rendezvous"
@@ -98,13 +100,14 @@ def train_unet(options):
 def unet_process(options, pools, validation, rank, rendezvous):
     if options.processes > 1:
         torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=options.processes)
-    model, mean, std, *_ = load_autoencoder(options.work)
+    model, mean, std, *_ = (part.to(options.device) for part in load_autoencoder(options.work))
 
     def encode(pixels):
         return autoencoder.LATENT_SCALE * (model.encode(pixels) - mean[:, None, None]) / std[:, None, None]
 
-    trainer = Trainer(encode, pools, validation, options.work, options.seed)
-    trainer.resume()
+    batch, workers = options.batch, options.workers
+    trainer = Trainer(encode, pools, validation, options.work, options.seed, batch=batch, device=options.device, workers=workers)
+    trainer.resume(export.shipped_unet(SHIPPED) if SHIPPED.exists() else None)
     trainer.run(options.minutes)
 
 
@@ -165,9 +168,9 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes of the unet stage")
     parser.add_argument("--probe", type=Path, help="latents (B, 16, h, w) of restyled pictures whose grid the decoder stage logs")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the transformer stage")
-    parser.add_argument("--batch", type=int, default=16, help="of the transformer stage; 256 or more on a GPU")
-    parser.add_argument("--workers", type=int, default=0, help="processes that cut crops for the transformer stage; 14 beside a GPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the unet and transformer stages")
+    parser.add_argument("--batch", type=int, default=16, help="of the same; 256 or more on a GPU")
+    parser.add_argument("--workers", type=int, default=0, help="processes that cut crops; 14 beside a GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=SHIPPED)
     options = parser.parse_args()

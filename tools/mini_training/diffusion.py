@@ -5,12 +5,11 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .data import DROP_KIND, KINDS, SHARE, square
+from .data import KINDS, Feed, pixels, square
 from .unet import Denoiser, alphas_cumprod
 
 FOREIGN_FROM = 400  # timestep from which the bottleneck decides on the coarse picture
@@ -34,8 +33,8 @@ def diffuse(latents, timesteps, alphas, jitter=15.0):
     """
     noise = torch.randn_like(latents)
     abar = alphas[timesteps][:, None, None, None]
-    before = torch.where(timesteps > 0, alphas[(timesteps - 1).clamp(min=0)], torch.ones(()))[:, None, None, None]
-    amplitude = 1 + jitter * (1 - abar / before) * (2 * torch.rand(len(latents), 1, 1, 1) - 1)
+    before = torch.where(timesteps > 0, alphas[(timesteps - 1).clamp(min=0)], alphas.new_ones(()))[:, None, None, None]
+    amplitude = 1 + jitter * (1 - abar / before) * (2 * torch.rand(len(latents), 1, 1, 1, device=latents.device) - 1)
     return abar.sqrt() * latents + amplitude * (1 - abar).sqrt() * noise, noise
 
 
@@ -43,7 +42,7 @@ def foreign_pairs(timesteps):
     """Up to a third of the batch, from FOREIGN_FROM on, and to each the sample next in timestep: two index tensors."""
     order = timesteps.argsort()
     order = order[timesteps[order] >= FOREIGN_FROM]
-    chosen = torch.randperm(len(order))[: max(1, len(timesteps) // 3)] if len(order) > 1 else order[:0]
+    chosen = torch.randperm(len(order), device=order.device)[: max(1, len(timesteps) // 3)] if len(order) > 1 else order[:0]
     return order[chosen], order.roll(1)[chosen]
 
 
@@ -69,26 +68,27 @@ class Trainer:
     averaged; rank 0 keeps the clock, the log and the checkpoint.
     """
 
-    def __init__(self, encode, pools, validation, work, seed=0, rate=5e-4, batch=16):
-        self.encode, self.pools, self.work = encode, pools, Path(work)
+    def __init__(self, encode, pools, validation, work, seed=0, rate=5e-4, batch=16, device="cpu", workers=0):
+        self.encode, self.pools, self.work, self.workers = encode, pools, Path(work), workers
+        self.device = torch.device(device)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.rate, self.batch = rate, batch // self.world
         self.seed_samplers(seed)
-        self.model = Denoiser(len(KINDS), seed=seed)
+        self.model = Denoiser(len(KINDS), seed=seed).to(self.device)
         torch.manual_seed(1000 * seed + self.rank)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         decay = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decay, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], rate, betas=(0.9, 0.98))
-        self.alphas = alphas_cumprod()
+        self.alphas = alphas_cumprod().to(self.device)
         self.step, self.images, self.minutes = 0, 0, 0.0
         self.recent, self.foreign = [], []
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            self.held_out = encode(torch.stack([square(p, 128) for p in validation[:48]]))
-        self.held_out_t = torch.linspace(5, 995, 48).long()
-        self.held_out_noise = torch.randn(self.held_out.shape, generator=generator)
+            self.held_out = encode(torch.stack([square(p, 128) for p in validation[:48]]).to(self.device))
+        self.held_out_t = torch.linspace(5, 995, len(self.held_out)).long().to(self.device)
+        self.held_out_noise = torch.randn(self.held_out.shape, generator=generator).to(self.device)
 
     @property
     def checkpoint(self):
@@ -99,10 +99,15 @@ class Trainer:
                          "optimizer": self.optimizer.state_dict(), "images": self.images,
                          "minutes": self.minutes}, self.checkpoint)
 
-    def resume(self):
+    def resume(self, shipped=None):
+        """Goes on where the checkpoint stopped; without one from `shipped` (state, images), without both anew."""
         if not self.checkpoint.exists():
+            if shipped:
+                state, self.images = shipped
+                self.model.load_state_dict(state)
+                self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
             return
-        saved = torch.load(self.checkpoint, weights_only=True)
+        saved = torch.load(self.checkpoint, weights_only=True, map_location=self.device)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.average, self.step = saved["average"], saved["step"]
@@ -111,17 +116,19 @@ class Trainer:
 
     def seed_samplers(self, seed):
         """Crops, noise and timesteps differ between processes and go on differently after a resume."""
-        self.rng = np.random.default_rng((seed, self.rank))
+        self.feed = Feed(self.pools, self.workers, [seed, self.rank])
         torch.manual_seed(1000 * seed + self.rank)
 
     def sample_batch(self, size, count):
         """Latents (count, 16, size/8, size/8) and kind indices (count), some dropped to 'empty'."""
-        names = self.rng.choice(list(SHARE), size=count, p=list(SHARE.values()))
-        crops = [self.pools[k].crops(self.rng, int((names == k).sum()), size) for k in SHARE]
-        kinds = torch.cat([torch.full((len(c),), KINDS.index(k)) for k, c in zip(SHARE, crops)])
-        kinds[torch.rand(count) < DROP_KIND] = 0
+        crops, kinds = (part.to(self.device) for part in self.feed(size, count))
         with torch.no_grad():
-            return self.encode(torch.cat(crops)), kinds
+            return self.encode(pixels(crops)), kinds
+
+    def predict(self, *args):
+        """The network's noise in float32; on a GPU in bf16."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return self.model(*args).float()
 
     @torch.no_grad()
     def validate(self):
@@ -130,8 +137,8 @@ class Trainer:
         self.model.load_state_dict(self.average)
         abar = self.alphas[self.held_out_t][:, None, None, None]
         noisy = abar.sqrt() * self.held_out + (1 - abar).sqrt() * self.held_out_noise
-        kinds = torch.full((len(noisy),), KINDS.index("photo"))
-        loss = F.mse_loss(self.model(noisy, self.held_out_t, kinds), self.held_out_noise).item()
+        kinds = torch.full((len(noisy),), KINDS.index("photo"), device=self.device)
+        loss = F.mse_loss(self.predict(noisy, self.held_out_t, kinds), self.held_out_noise).item()
         self.model.load_state_dict(live)
         return loss
 
@@ -140,16 +147,16 @@ class Trainer:
             group["lr"] = rate
         latents, kinds = self.sample_batch(size, count)
         # Stratified timesteps: the loss of one batch then says more about all of them.
-        timesteps = ((torch.arange(count) + torch.rand(count)) * (1000 / count)).long()[torch.randperm(count)]
+        timesteps = ((torch.arange(count) + torch.rand(count)) * (1000 / count)).long()[torch.randperm(count)].to(self.device)
         noisy, noise = diffuse(latents, timesteps, self.alphas)
         chosen, source = foreign_pairs(timesteps)
-        rows = torch.cat([torch.arange(count), chosen])
+        rows = torch.cat([torch.arange(count, device=self.device), chosen])
 
         def exchange(args):
             return {**args, "h": torch.cat([args["h"][:count], args["h"][source]])}
 
         options = {"patches": {"middle_block_after_patch": [exchange]}}
-        own, foreign = self.model(noisy[rows], timesteps[rows], kinds[rows], options).tensor_split([count])
+        own, foreign = self.predict(noisy[rows], timesteps[rows], kinds[rows], options).tensor_split([count])
         loss = error = F.mse_loss(own, noise)
         if len(chosen):
             abar = self.alphas[timesteps[chosen]][:, None, None, None]

@@ -106,3 +106,13 @@ def shipped_transformer(path):
     state["context"] = torch.cat([tensors[f"context.{kind}"] for kind in KINDS])
     state["named_pooled"] = torch.cat([tensors[f"pooled.{kind}"] for kind in KINDS[1:]])
     return state, images
+
+
+def shipped_unet(path):
+    """(state dict of a Denoiser, images seen) of a file that `export` wrote."""
+    with safe_open(path, framework="pt") as file:
+        images = int(file.metadata()["images"])
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+    state = {k: v for k, v in tensors.items() if k.startswith("unet.")}
+    state["context"] = torch.cat([tensors[f"context.{kind}"] for kind in KINDS])
+    return state, images
