@@ -14,6 +14,7 @@ from .mini import LoadMini
 from .samples import SamplePicture
 from .multistyle import MultiStyleGuiderNode, StyleEntryNode
 from .views import FeaturePCA, StyleSimilarity
+from .style_reference import StyleReference
 from .styleid import LatentAdaIN, StyleInjection
 from .training import TrainStyleLoRA
 from .keep_outside import KeepOutside
@@ -35,6 +36,7 @@ class PasticheExtension(ComfyExtension):
             SaveFeatures,
             LoadFeatures,
             StyleInjection,
+            StyleReference,
             FeaturePCA,
             StyleSimilarity,
             HSpaceSlerp,

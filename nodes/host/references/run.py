@@ -1,0 +1,242 @@
+"""References beside the sample: a sampling run with rows appended to every forward, and their output cut off."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Callable
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...algorithms.references import sampling_progress
+from .layout import SLOT, Layout, Probe
+from .rows import lengthen, own_conditions, without_control
+from .settings import Reference, Source
+from .sharing import Part, Sharing
+from .sources import TrajectorySource, condition_rows, seeded_noise
+
+KEY = "pastiche_references"
+
+
+class ReferenceRun:
+    """What belongs to one sampling run: layouts found, noise made, conditions encoded. Lives in the run's options."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.shape = shape  # of the sampled latent (B, C, ...)
+        self._memo: dict[Any, Any] = {}
+        self.told: set[str] = set()
+
+    def memo(self, key: Any, compute: Callable[[], Any]) -> Any:
+        if key not in self._memo:
+            self._memo[key] = compute()
+        return self._memo[key]
+
+    def tell(self, sentence: str, *values: Any) -> None:
+        """Logs a sentence once a run."""
+        if sentence not in self.told:
+            self.told.add(sentence)
+            logging.info("Pastiche: " + sentence, *values)
+
+
+class StyleReferences:
+    """Wrappers of all Style Reference nodes of a MODEL; settings only."""
+
+    def __init__(self, references: tuple[Reference, ...]):
+        self.references = references
+
+    def install(self, model: Any) -> None:
+        for kind, wrapper in (
+            (WrappersMP.OUTER_SAMPLE, self.outer_sample),
+            (WrappersMP.PREPARE_SAMPLING, self.prepare_sampling),
+            (WrappersMP.APPLY_MODEL, self.apply_model),
+        ):
+            model.remove_wrappers_with_key(kind, KEY)
+            model.add_wrapper_with_key(kind, KEY, wrapper)
+
+    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        self._check(noise, sigmas)
+        options = executor.class_obj.model_options["transformer_options"]
+        options[KEY] = ReferenceRun(tuple(noise.shape))
+        try:
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            del options[KEY]
+
+    def prepare_sampling(self, executor, model, noise_shape, *args, **kwargs):
+        """Asks ComfyUI for the memory of the longer batch."""
+        rows = 1 + sum(len(reference.sources) for reference in self.references)
+        return executor(model, [noise_shape[0] * rows, *noise_shape[1:]], *args, **kwargs)
+
+    def apply_model(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        run = transformer_options.get(KEY)
+        sigma = float(t.flatten()[0])
+        active = [reference for reference in self.references if reference.acts_at(sigma)]
+        if run is None or not active:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        if not isinstance(x, torch.Tensor) or "latent_shapes" in kwargs:
+            raise ValueError(f"{active[0].family}: Style Reference serves models with one picture or video latent, not several packed into one.")
+        forward = _Forward(executor, run, x, t, {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs}, control, transformer_options)
+        return forward.run(active)
+
+    def _check(self, noise: Tensor, sigmas: Tensor) -> None:
+        batch = noise.shape[0]
+        for reference in self.references:
+            high, low = reference.sigmas
+            for source in reference.sources:
+                if isinstance(source, TrajectorySource):
+                    source.check("content" if source is reference.content else "style_trajectory", sigmas, low, high)
+            if reference.mask is not None and reference.mask.ndim == 3 and reference.mask.shape[0] not in (1, batch):
+                raise ValueError(f"mask: {reference.mask.shape[0]} masks for {batch} samples; connect one mask or {batch}.")
+            if reference.content is None:
+                continue
+            trajectory = reference.content.trajectory
+            if trajectory.batch not in (1, batch):
+                raise ValueError(
+                    f"content: {trajectory.batch} inverted images cannot be shared among {batch} samples; "
+                    "invert one image, or as many as the sampled latent holds."
+                )
+            own, size = trajectory.latents.shape[3:], noise.shape[2:]
+            if own != size:
+                raise ValueError(
+                    f"content: its latent is {'x'.join(map(str, own))} (height x width), the sampled one "
+                    f"{'x'.join(map(str, size))}. Invert and sample the content at one size (the style may differ)."
+                )
+
+
+class _Forward:
+    """One call of apply_model: the sample's rows, to be run with references beside them."""
+
+    def __init__(self, executor: Any, run: ReferenceRun, x: Tensor, t: Tensor, conditions: dict, control: Any, options: dict):
+        self.executor, self.run_state, self.x, self.t = executor, run, x, t
+        self.conditions, self.control, self.options = conditions, control, options
+        self.rows = x.shape[0]
+        self.kinds = list(options.get("cond_or_uncond") or [0])
+        self.model = executor.class_obj
+        self.previous = options.get(SLOT)
+
+    def run(self, active: list[Reference]) -> Tensor:
+        layout = self.run_state.memo(("layout", self._signature()), lambda: self._find_layout(active[0].family))
+        parts, sources, places = [], [], {}
+        for reference in active:
+            calls = chosen_calls(reference, layout)
+            if not calls:
+                continue
+            rows = []
+            for source in reference.sources:
+                key = (id(source), reference.noise_seed)
+                if key not in places:
+                    sources.append((source, reference.noise_seed))
+                    places[key] = slice(len(sources) * self.rows, (len(sources) + 1) * self.rows)
+                rows.append(places[key])
+            content = rows.pop() if reference.content is not None else None
+            parts.append(Part(reference, tuple(rows), content, calls))
+        if not parts:
+            return self._execute(self.x, self.t, self.conditions, self.control, self.options)
+        sharing = Sharing(
+            layout, parts, self.rows, tuple(self.x.shape[2:]), tuple(self.x.shape[2:]) == self.run_state.shape[2:], self.kinds,
+            self._progress(), self.previous, self.run_state.memo,
+        )
+        out = self._run_rows(sources, sharing)
+        if sharing.count != len(layout.calls) or sharing.strayed:
+            self.run_state.tell(
+                "%s made %d attention calls where %d were expected: another node skips blocks or changes tokens, and the "
+                "references were left out of what did not fit.", active[0].family, sharing.count, len(layout.calls),
+            )
+        return out
+
+    def _run_rows(self, sources: list[tuple[Source, int]], sharing: Sharing) -> Tensor:
+        copies = len(sources)
+        sigma = self.t.flatten()[0]
+        batches, conditions = [self.x], []
+        for number, (source, seed) in enumerate(sources, 1):
+            latent = source.at(sigma.to(self.x), self._noise(seed), self.model.model_sampling).to(self.x)
+            batches.append(latent.repeat(self.rows // latent.shape[0], *[1] * (latent.ndim - 1)))
+            if source.conditioning is not None:
+                own = self.run_state.memo(
+                    ("conditions", id(source), tuple(self.x.shape)), lambda: condition_rows(self.model, source.conditioning, self.x[:1])
+                )
+                conditions.append((slice(number * self.rows, (number + 1) * self.rows), own))
+        longer = {name: lengthen(value, self.rows, copies) for name, value in self.conditions.items()}
+        options = {
+            **self.options,
+            SLOT: sharing,
+            "cond_or_uncond": self.kinds * (1 + copies),
+            "uuids": list(self.options.get("uuids") or []) * (1 + copies),
+        }
+        out = self._execute(
+            torch.cat(batches), lengthen(self.t, self.rows, copies), own_conditions(longer, self.rows, conditions),
+            without_control(self.control, self.rows, copies), options,
+        )
+        return out[: self.rows]
+
+    def _find_layout(self, family: str) -> Layout:
+        """Runs the first chunk's rows beside the same rows with other latents; what comes out is thrown away."""
+        rows = self.rows // len(self.kinds)
+        x = self.x[:rows]
+        other = seeded_noise(tuple(x.shape[1:]), 1).to(x) * self.t.flatten()[0].clamp_min(1.0)
+        probe = Probe(rows, self.previous)
+        conditions = {name: _first_rows(value, self.rows, rows) for name, value in self.conditions.items()}
+        options = {
+            **self.options, SLOT: probe, "cond_or_uncond": self.kinds[:1] * 2, "uuids": list(self.options.get("uuids") or [])[:1] * 2,
+        }
+        self._execute(
+            torch.cat([x, other.expand_as(x)]), lengthen(self.t[:rows], rows, 1),
+            {name: lengthen(value, rows, 1) for name, value in conditions.items()}, None, options,
+        )
+        layout = probe.layout
+        if not layout.numbers:
+            raise ValueError(
+                f"{family}: Style Reference cannot reach this model. Its attention does not go through ComfyUI's "
+                f"optimized_attention_override ({len(layout.calls)} calls seen, none about the picture). "
+                "It works on U-Nets and on transformers such as Flux, SD3, Qwen-Image, Z-Image, Chroma and Wan."
+            )
+        self.run_state.tell("%s has %d attention layers about the picture.", family, len(layout.numbers))
+        return layout
+
+    def _execute(self, x: Tensor, t: Tensor, conditions: dict, control: Any, options: dict) -> Tensor:
+        conditions = dict(conditions)
+        return self.executor(x, t, conditions.pop("c_concat"), conditions.pop("c_crossattn"), control, options, **conditions)
+
+    def _signature(self) -> tuple:
+        """What the layout depends on: the latent's size and the sizes of all conditions."""
+        return tuple(self.x.shape[1:]), tuple((name, _shapes(value)) for name, value in sorted(self.conditions.items()))
+
+    def _progress(self) -> float:
+        sigmas = self.options.get("sample_sigmas")
+        return 0.0 if sigmas is None else sampling_progress(float(self.t.flatten()[0]), sigmas.tolist())
+
+    def _noise(self, seed: int) -> Tensor:
+        shape = tuple(self.x.shape[1:])
+        return self.run_state.memo(("noise", seed, shape), lambda: seeded_noise(shape, seed).to(self.x))
+
+
+def chosen_calls(reference: Reference, layout: Layout) -> frozenset[int]:
+    """Indices of the attention calls that `reference` acts in. Raises ValueError for layers that the model lacks."""
+    numbers = layout.numbers
+    if reference.places is not None:
+        return frozenset(index for index in numbers if layout.calls[index].place in reference.places)
+    if reference.layers is None:
+        return frozenset(index for index, number in numbers.items() if 3 * number >= len(numbers))
+    missing = [number for number in reference.layers if number >= len(numbers)]
+    if missing:
+        raise ValueError(
+            f"layers: {reference.family} has {len(numbers)} attention layers about the picture, 0-{len(numbers) - 1}; got {max(missing)}."
+        )
+    return frozenset(index for index, number in numbers.items() if number in reference.layers)
+
+
+def _first_rows(value: Any, rows: int, wanted: int) -> Any:
+    if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == rows:
+        return value[:wanted]
+    if isinstance(value, list):
+        return [_first_rows(part, rows, wanted) for part in value]
+    return value
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape[1:])
+    if isinstance(value, list):
+        return tuple(_shapes(part) for part in value)
+    return None
