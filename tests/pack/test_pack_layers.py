@@ -15,7 +15,8 @@ ROOMS = {
     "trajectories": {"networks"},
     "features": {"networks", "trajectories"},
     "injections": {"networks", "trajectories", "features"},
-    "multistyle": {"networks", "trajectories", "features", "injections"},
+    "references": {"networks", "injections"},
+    "multistyle": {"networks", "trajectories", "features", "injections", "references"},
     "training": {"networks", "trajectories"},
     "fastsam": set(),
 }

@@ -12,12 +12,16 @@ from torch import Tensor
 from ...algorithms.layers import parse_layers
 from ...algorithms.references import SCHEDULES, SHARES
 from ...sockets import Trajectory
+from ..injections.schedule import sigma_range
 from ..networks.fingerprint import fingerprint, require_same_model
+from ..networks.marks import mark_injected
 from ..networks.rotary import has_no_rotation, rotary_layout
-from ..networks.unet import inspect_model
+from ..networks.unet import adapt_unet
 from .run import KEY, StyleReferences
 from .settings import Cures, Reference, Source
 from .sources import PictureSource, TrajectorySource
+
+NAME = "Style Reference"
 
 
 def style_reference(
@@ -67,10 +71,11 @@ def style_reference(
         content=None if content is None else TrajectorySource(content, tuple(range(content.batch))),
         share=share, gamma=gamma, gamma_end=gamma_end, schedule=schedule, temperature=temperature, strength=strength,
         mask=mask, places=places, layers=numbers,
-        sigmas=(sampling.percent_to_sigma(start_percent), sampling.percent_to_sigma(end_percent)),
+        sigmas=sigma_range(sampling, start_percent, end_percent),
         noise_seed=noise_seed, family=family, cures=cures, rotary=rotary, unrotated=unrotated,
     )
     StyleReferences((*references_of(model), reference)).install(patched)
+    mark_injected(patched, NAME)
     return patched
 
 
@@ -134,8 +139,9 @@ def parse_weights(text: str, count: int) -> list[float]:
 
 def _layers(model: Any, layers: str) -> tuple[frozenset | None, frozenset[int] | None]:
     """(places of a U-Net, None) or (None, numbers of a transformer's image calls; None is the last two thirds)."""
-    if _is_unet(model.model.diffusion_model):
-        return frozenset(inspect_model(model).places(layers)), None
+    unet = adapt_unet(model)
+    if unet is not None:
+        return frozenset(unet.places(layers)), None
     if layers.strip().lower() == "auto":
         return None, None
     places = parse_layers(layers)
@@ -143,10 +149,6 @@ def _layers(model: Any, layers: str) -> tuple[frozenset | None, frozenset[int] |
     if strange or "output" in layers.lower():
         raise ValueError(f'layers: a transformer\'s attention layers have plain numbers, for example "8-23"; got "{layers}".')
     return None, frozenset(number for _, number in places)
-
-
-def _is_unet(network: Any) -> bool:
-    return all(hasattr(network, name) for name in ("input_blocks", "middle_block", "output_blocks"))
 
 
 def _say_what_has_no_effect(

@@ -9,6 +9,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...algorithms.masks import as_batch
 from ...algorithms.references import sampling_progress
 from .layout import SLOT, Layout, Probe
 from .rows import lengthen, own_conditions, without_control
@@ -71,7 +72,7 @@ class StyleReferences:
     def apply_model(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
         run = transformer_options.get(KEY)
         sigma = float(t.flatten()[0])
-        active = [reference for reference in self.references if reference.acts_at(sigma)]
+        active = [reference for reference in self.references if reference.sigmas.holds(sigma)]
         if run is None or not active:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         if not isinstance(x, torch.Tensor) or "latent_shapes" in kwargs:
@@ -82,12 +83,11 @@ class StyleReferences:
     def _check(self, noise: Tensor, sigmas: Tensor) -> None:
         batch = noise.shape[0]
         for reference in self.references:
-            high, low = reference.sigmas
             for source in reference.sources:
                 if isinstance(source, TrajectorySource):
-                    source.check("content" if source is reference.content else "style_trajectory", sigmas, low, high)
-            if reference.mask is not None and reference.mask.ndim == 3 and reference.mask.shape[0] not in (1, batch):
-                raise ValueError(f"mask: {reference.mask.shape[0]} masks for {batch} samples; connect one mask or {batch}.")
+                    source.check("content" if source is reference.content else "style_trajectory", sigmas, reference.sigmas)
+            if reference.mask is not None and len(as_batch(reference.mask)) not in (1, batch):
+                raise ValueError(f"mask: {len(as_batch(reference.mask))} masks for {batch} samples; connect one mask or {batch}.")
             if reference.content is None:
                 continue
             trajectory = reference.content.trajectory

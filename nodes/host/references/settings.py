@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ...algorithms.references import RotaryLayout
+from ..injections.schedule import SigmaRange
 from .sources import PictureSource, TrajectorySource
 
 Source = PictureSource | TrajectorySource
@@ -50,7 +50,7 @@ class Reference:
 
     styles: (source, weight) with weights that sum to 1. content: whose queries are preserved.
     places: (block, number) in U-Nets, or None; layers: numbers of image calls, or None for the last two thirds.
-    sigmas: (high, low) of the range it acts in. mask: (B or 1, H, W). rotary: how the network turns its keys.
+    sigmas: the range it acts in. mask: (B or 1, H, W). rotary: how the network turns its keys.
     """
 
     styles: tuple[tuple[Source, float], ...]
@@ -64,16 +64,12 @@ class Reference:
     mask: Tensor | None
     places: frozenset | None
     layers: frozenset[int] | None
-    sigmas: tuple[float, float]
+    sigmas: SigmaRange
     noise_seed: int
     family: str
     cures: Cures = Cures()
     rotary: RotaryLayout | None = None
     unrotated: bool = False
-
-    def acts_at(self, sigma: float) -> bool:
-        high, low = self.sigmas
-        return low <= sigma <= high
 
     @property
     def sources(self) -> tuple[Source, ...]:

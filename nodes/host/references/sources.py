@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.conds
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ...algorithms.references import fit_latent
 from ...sockets import Trajectory
+from ..injections.schedule import SigmaRange
 
 OTHER_NOISE = 0x5EED0F5717E  # keeps a reference's noise apart from the sampler's at the same seed
 BEYOND = 1.005  # schedulers round; a sigma this far above a trajectory's last one still counts as it
@@ -51,10 +53,10 @@ class TrajectorySource:
         latent = _between(self.trajectory, float(sigma))[list(self.rows)]
         return fit_latent(latent.to(noise), tuple(noise.shape[2:]))
 
-    def check(self, name: str, sigmas: Tensor, low: float, high: float) -> None:
+    def check(self, name: str, sigmas: Tensor, due: SigmaRange) -> None:
         """Refuses a sampling that uses this source above the noise level where the inversion ended."""
         last = float(self.trajectory.sigmas[-1])
-        asked = [sigma for sigma in sigmas.tolist() if low <= sigma <= high and sigma > 0]
+        asked = [sigma for sigma in sigmas.tolist() if sigma > 0 and due.holds(sigma)]
         if asked and max(asked) > BEYOND * last:
             raise ValueError(
                 f"{name}: the inversion ends at sigma {last:.3f}, sampling asks for {max(asked):.3f}. "
