@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+LARGEST = 999  # no network has as many blocks; a range is counted out, so it must not be endless
 _ITEM = re.compile(r"^(?:(input|middle|output)\b)?\s*(?:(\d+)(?:\s*-\s*(\d+))?)?$")
 
 
@@ -28,6 +29,8 @@ def parse_layers(text: str) -> list[tuple[str, int]]:
         if match[2] is None:
             raise ValueError(f'layers: "{item.strip()}" needs a number, for example "{block} 6-11".')
         first, last = int(match[2]), int(match[3] or match[2])
+        if max(first, last) > LARGEST:
+            raise ValueError(f'layers: "{item.strip()}" goes beyond {LARGEST}; write for example "{block} 6-11".')
         if last < first:
             raise ValueError(f'layers: the range "{item.strip()}" runs backwards; write "{last}-{first}".')
         found.update({(block, number): None for number in range(first, last + 1)})

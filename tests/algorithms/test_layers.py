@@ -25,3 +25,11 @@ def test_refuses_with_a_sentence(text):
 
 def test_formats_ranges():
     assert format_numbers([5, 0, 1, 2, 8, 9]) == "0-2, 5, 8-9"
+
+
+@pytest.mark.parametrize("text", ["0-999999999", "999999999", "output 6-11, input 0-1000", "1000-6"])
+def test_endless_ranges_are_refused_while_reading(text):
+    """Counting 0-999999999 out would take minutes and gigabytes before any model could say no."""
+    with pytest.raises(ValueError, match="goes beyond 999; write for example"):
+        parse_layers(text)
+    assert parse_layers("999") == [("output", 999)]

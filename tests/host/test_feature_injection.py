@@ -271,5 +271,4 @@ def test_nothing_stays_behind(content):
     plain, injected = content.sample(content.model, noise), content.inject()
     first = content.sample(injected, noise)
     assert torch.equal(content.sample(injected, noise), first)
-    assert RUN not in injected.model_options["transformer_options"]
     assert torch.equal(content.sample(content.model, noise), plain)

@@ -10,7 +10,6 @@ from pastiche.nodes.algorithms.slerp import masked_slerp, resize_features, slerp
 from pastiche.nodes.host.features.capture import capture
 from pastiche.nodes.host.injections.hspace import H_SPACE, inject_content, sigma_of_timestep
 from pastiche.nodes.host.trajectories.inversion import invert
-from pastiche.nodes.host.networks.adapter import RUN
 from support.models import tiny_cond, tiny_unet
 from support.sampling import random_latent, sample, schedule
 
@@ -236,7 +235,6 @@ def test_cancel_leaves_nothing_behind(model, positive, bank):
     with pytest.raises(management.InterruptProcessingException):
         sample(patched, latent, sigmas, positive, callback=cancel)
     management.interrupt_current_processing(False)
-    assert RUN not in patched.model_options["transformer_options"]
     assert torch.equal(sample(patched, latent, sigmas, positive), before)
 
 

@@ -145,6 +145,7 @@ class Injection:
     def _advance(self, executor, x, timestep, model_options=None, seed=None):
         run = (model_options or {}).get("transformer_options", {}).get(RUN)
         if run is not None:
+            run.name_conditions()
             run.advance(float(timestep.flatten()[0]))
         return executor(x, timestep, model_options or {}, seed)
 

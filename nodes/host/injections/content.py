@@ -43,22 +43,22 @@ class ContentPatches(Injection):
         cross_attention: list[Place],
         mode: str,
     ):
-        self.adapter, self.content, self.mode = adapter, content, mode
+        self.content, self.mode = content, mode
         self.feature_steps, self.attention_steps = feature_steps, attention_steps
         self.residual = residual
-        self.attention = {"attn1": self_attention, "attn2": cross_attention}
-        self.schedule = Schedule(content.trajectory.schedule)
+        self.attention = {"attn1": adapter.slots(self_attention), "attn2": adapter.slots(cross_attention)}
+        self.schedule = schedule = Schedule(content.trajectory.schedule)
         last = max(feature_steps if residual else 0, attention_steps if self_attention or cross_attention else 0)
-        self._slots = AttentionSlots()
+        self._replaced = AttentionSlots()
         self.sources = (
             Source("content", "The content features", content.trajectory, content, self._keys(), STREAMS, SAME_SIZE,
-                   lambda sigma: self.schedule.within(sigma, last)),
+                   lambda sigma: schedule.within(sigma, last)),
         )
 
     def _keys(self) -> tuple[FeatureKey, ...]:
         keys = [FeatureKey("residual", *place) for place in self.residual]
         for kind, streams in (("attn1", SELF), ("attn2", CROSS)):
-            keys += [FeatureKey(stream, *slot) for slot in self.adapter.slots(self.attention[kind]) for stream in streams]
+            keys += [FeatureKey(stream, *slot) for slot in self.attention[kind] for stream in streams]
         return tuple(keys)
 
     @property
@@ -72,14 +72,13 @@ class ContentPatches(Injection):
             patches["forward_timestep_embed_patch"] = [
                 (ResBlock, self.residual_block), *patches.get("forward_timestep_embed_patch", [])
             ]
-        for kind, places in self.attention.items():
-            slots = self.adapter.slots(places)
-            self._slots.fill(model, kind, slots, lambda slot, attend, kind=kind: self.replacement(kind, slot, attend))
+        for kind, slots in self.attention.items():
+            self._replaced.fill(model, kind, slots, lambda slot, attend, kind=kind: self.replacement(kind, slot, attend))
 
     def check(self, guider: Any, noise: Tensor, sigmas: Tensor) -> None:
         """Names blocks that another node took."""
         options = guider.model_options["transformer_options"]
-        self._slots.warn_of_losses(options, self.name)
+        self._replaced.warn_of_losses(options, self.name)
         self._warn_of_clashes(options)
 
     def _warn_of_clashes(self, options: dict) -> None:

@@ -13,15 +13,14 @@ from ...algorithms.slerp import masked_slerp, resize_features, slerp
 from ...sockets import FeatureBank, FeatureKey
 from ..networks.families import find_adapter
 from .base import Injection, Source
-from .run import current_run
-from .schedule import current_sigma
+from .run import SamplingRun, current_run
+from .schedule import Schedule, current_sigma
 
 BRANCHES = ("conditional", "both")
 INJECT = "pastiche_inject"
 """transformer_options key: False injects nowhere, a tuple of bools into those chunks of the batch; absent, everywhere."""
 
 H_SPACE = FeatureKey("h_space", "middle", 0)
-CONDITIONAL = 0  # core's number of the positive condition in `cond_or_uncond`
 
 
 class HSpacePatches(Injection):
@@ -47,24 +46,24 @@ class HSpacePatches(Injection):
         run = current_run(options)
         if run is None:
             return 0.0
-        sigmas = options["sample_sigmas"]
-        plan = run.memo((id(self), "plan"), lambda: self._plan(run.model_sampling, sigmas.float().cpu()))
-        return plan.get(run.schedule(options).step(current_sigma(options)), 0.0)
+        schedule, plan = run.memo((id(self), "plan"), lambda: self._plan(run.model_sampling, run.schedule(options)))
+        return plan.get(schedule.step(current_sigma(options)), 0.0)
 
-    def _plan(self, model_sampling: Any, sigmas: torch.Tensor) -> dict[int, float]:
-        """Step of the run -> gamma, for the steps that inject."""
-        captured = self.content.trajectory.schedule.tolist()
-        steps = injecting_steps(sigmas.tolist(), captured, sigma_of_timestep(model_sampling, self.t_edit))
-        return dict(zip(steps, gamma_schedule(self.gamma, len(steps), self.ramp)))
+    def _plan(self, model_sampling: Any, sampled: Schedule) -> tuple[Schedule, dict[int, float]]:
+        """(schedule, its steps that inject -> gamma): of the run, or of the whole one where the run is a part of it."""
+        captured = Schedule(self.content.trajectory.schedule)
+        schedule = captured if sampled.is_part_of(captured) else sampled
+        steps = injecting_steps(schedule.tolist(), captured.tolist(), sigma_of_timestep(model_sampling, self.t_edit))
+        return schedule, dict(zip(steps, gamma_schedule(self.gamma, len(steps), self.ramp)))
 
     def __call__(self, args: dict) -> dict:
         """middle_block_after_patch: args["h"] is (chunks * B, C, h, w)."""
         h, options = args["h"], args["transformer_options"]
-        chunks = self._chunks(options)
+        run = current_run(options)
+        chunks = [] if run is None else self._chunks(run, options)
         gamma = self.share(options) if any(chunks) else 0.0
         if gamma == 0:
             return args
-        run = current_run(options)
         feature = run.feature(self.content, H_SPACE, current_sigma(options), h)
         parts = list(h.chunk(len(chunks)))
         grid = h.shape[-2:]
@@ -83,13 +82,13 @@ class HSpacePatches(Injection):
         """h~ of one condition's samples: h (B, C, h, w), content (B or 1, C, h, w), mask (B or 1, 1, h, w)."""
         return slerp(h, content, gamma) if mask is None else masked_slerp(h, content, gamma, mask)
 
-    def _chunks(self, options: dict) -> list[bool]:
+    def _chunks(self, run: SamplingRun, options: dict) -> list[bool]:
         """Which chunks of the batch this node changes."""
-        conditions = options["cond_or_uncond"]
+        conditions = list(zip(options["uuids"], options["cond_or_uncond"]))
         asked = options.get(INJECT, (True,) * len(conditions))
         if asked is False:
             return [False] * len(conditions)
-        return [flag and (self.branch == "both" or kind == CONDITIONAL) for flag, kind in zip(asked, conditions)]
+        return [flag and (self.branch == "both" or run.conditional(*condition)) for flag, condition in zip(asked, conditions)]
 
 
 def inject_content(

@@ -14,7 +14,8 @@ from comfy.patcher_extension import WrappersMP
 from tqdm.auto import trange
 
 from ...algorithms.injectfusion import asymmetric_step, calibrate
-from .hspace import CONDITIONAL, INJECT, HSpacePatches, due_injections, installed, sigma_of_timestep
+from .hspace import INJECT, HSpacePatches, due_injections, installed, sigma_of_timestep
+from .run import SamplingRun, current_run
 
 SCALED_FROM = 950  # timestep from which dt_lambda scales the direction
 SEED_OFFSET = 0x1F0C5EED  # keeps the boost's noise apart from a RandomNoise of the same seed
@@ -56,7 +57,7 @@ def sample_injectfusion(
         due = due_injections(model_options["transformer_options"], sigma) if patched else []
         scale = dt_lambda if due and sigma >= scaled_from else 1.0
         if due:
-            pair = PredictionPair(due)
+            pair = PredictionPair(due, current_run(model_options["transformer_options"]))
             clean = predict(x, sigma, pair.first(model_options))
             injected = predict(x, sigma, pair.second(model_options))
             if omega > 0:
@@ -91,7 +92,8 @@ class PredictionPair:
     calc_cond_batch or apply_model over, the second prediction is a run of its own.
     """
 
-    def __init__(self, injections: list[HSpacePatches]):
+    def __init__(self, injections: list[HSpacePatches], run: SamplingRun):
+        self._run = run
         self._both = any(injection.branch == "both" for injection in injections)
         self._waiting: deque = deque()
 
@@ -105,7 +107,7 @@ class PredictionPair:
 
     def _double(self, executor, model, conds, x, timestep, model_options):
         count = len(conds)
-        again = [i for i, cond in enumerate(conds) if cond is not None and (self._both or i == CONDITIONAL)]
+        again = [i for i, cond in enumerate(conds) if cond is not None and (self._both or self._conditional(cond, i))]
         sources = [*range(count), *again]
 
         def mark(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
@@ -124,6 +126,9 @@ class PredictionPair:
             injected[i] = output
         self._waiting.append((count, x.shape, injected))
         return outputs[:count]
+
+    def _conditional(self, cond: list[dict], number: int) -> bool:
+        return any(self._run.conditional(part.get("uuid"), number) for part in cond)
 
     def _hand_out(self, executor, model, conds, x, timestep, model_options):
         if self._waiting and self._waiting[0][:2] == (len(conds), x.shape):

@@ -41,7 +41,10 @@ class KeepOutsidePatches(Injection):
     def sampler_sample(self, executor, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
         last = float(sigmas[-1])  # now: uni_pc writes over it
         samples = executor(model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs)
-        return torch.where(self._mask(samples) == 0, self._content(last, samples), samples)
+        # A part of a flow schedule hands its latent on divided by 1 - sigma, as core's samplers do.
+        sampling = model_wrap.inner_model.model_sampling
+        content = sampling.inverse_noise_scaling(torch.tensor(last), self._content(last, samples))
+        return torch.where(self._mask(samples) == 0, content, samples)
 
     def predict_noise(self, executor, x, timestep, model_options={}, seed=None):
         sigma = float(timestep.flatten()[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from typing import Any, Callable, Iterable
 
 import comfy.model_patcher
@@ -18,6 +19,8 @@ from ..networks.adapter import RUN, NetworkAdapter
 from ..networks.families import find_adapter
 from .schedule import SAME_SIGMA, Schedule, nearest
 
+CONDITIONAL = 0  # core's number of the positive condition in `cond_or_uncond`, where nothing else is known
+
 
 class SamplingRun:
     """Lives in a guider's transformer_options while it samples, and nowhere else.
@@ -29,12 +32,35 @@ class SamplingRun:
         self._guider = guider
         self._banks: dict[int, _BankReader] = {}
         self._memo: dict[Any, Any] = {}
+        self._conditions: dict[Any, str] = {}
 
     def memo(self, key: Any, compute: Callable[[], Any]) -> Any:
         """What `compute` returns, computed once a run: for values that no step changes."""
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
+
+    def name_conditions(self) -> None:
+        """Learns, once a run, which of the guider's conditions each uuid is; they are there when prediction begins.
+
+        Core gives a condition and the one of the same area that it makes for another prompt one uuid: they get two.
+        """
+        if self._conditions:
+            return
+        for name, conds in self._guider.conds.items():
+            for position, cond in enumerate(conds):
+                if self._conditions.setdefault(cond.get("uuid"), name) != name:
+                    conds[position] = {**cond, "uuid": uuid.uuid4()}
+                    self._conditions[conds[position]["uuid"]] = name
+
+    def conditional(self, condition: Any, number: int) -> bool:
+        """Whether a prediction follows a prompt, and is not the one that guidance leads away from.
+
+        condition: its uuid; number: its place among the predictions, which only some guiders count alike: core's
+        CFGGuider asks for [positive, negative], its DualCFGGuider for [negative, cond2, cond1].
+        """
+        name = self._conditions.get(condition)
+        return number == CONDITIONAL if name is None else not ("negative" in name or "uncond" in name)
 
     def use(self, bank: FeatureBank, keys: Iterable[FeatureKey]) -> None:
         reader = self._banks.setdefault(id(bank), _BankReader(bank))

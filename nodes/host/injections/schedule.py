@@ -23,6 +23,15 @@ class Schedule:
         """The step whose noise level is nearest."""
         return nearest(self._levels, sigma)
 
+    def is_part_of(self, whole: Schedule) -> bool:
+        """Whether these are neighbouring levels of `whole`, as a split schedule has them."""
+        first = whole.step(float(self._levels[0]))
+        part = whole._levels[first : first + len(self._levels)]
+        return len(part) == len(self._levels) and bool(((part - self._levels).abs() <= SAME_SIGMA * part).all())
+
+    def tolist(self) -> list[float]:
+        return self._levels.tolist()
+
     def first_steps(self, share: float) -> int:
         """How many steps a share of the schedule means: 0.6 of 50 is 30."""
         return round(share * self.steps)

@@ -44,18 +44,18 @@ class StylePatches(Injection):
         mask: torch.Tensor | None,
         sigmas: SigmaRange,
     ):
-        self.adapter, self.style, self.content, self.places = adapter, style, content, places
+        self.style, self.content, self.places, self.slots = style, content, places, adapter.slots(places)
         self.gamma, self.temperature, self.strength = gamma, temperature, strength
         self.mask, self.sigmas = mask, sigmas
         self.projected = not style.keys_of("self_attention")
-        self._slots = AttentionSlots()
+        self._replaced = AttentionSlots()
         needed, streams = (PROJECTED, "self_attention_qkv") if self.projected else (HIDDEN, "self_attention")
         self.sources = (self._source("style", style, needed[1:] or needed, streams, ""),)
         if content is not None:
             self.sources += (self._source("content", content, needed[:1], streams, SAME_SIZE),)
 
     def _source(self, name: str, bank: FeatureBank, needed: tuple[str, ...], streams: str, size: str) -> Source:
-        keys = tuple(FeatureKey(stream, *slot) for stream in needed for slot in self.adapter.slots(self.places))
+        keys = tuple(FeatureKey(stream, *slot) for stream in needed for slot in self.slots)
         return Source(name, f"The {name} features", bank.trajectory, bank, keys, streams, size, self.sigmas.holds)
 
     @property
@@ -70,12 +70,12 @@ class StylePatches(Injection):
 
     def patch(self, model: ModelPatcher) -> None:
         if self.projected:
-            self._slots.fill(model, "attn1", self.adapter.slots(self.places), self.attn1_replace)
+            self._replaced.fill(model, "attn1", self.slots, self.attn1_replace)
         else:
-            self.adapter.change_hidden(model, self.change_hidden, self.blends)
+            find_adapter(model).change_hidden(model, self.change_hidden, self.blends)
 
     def check(self, guider: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> None:
-        self._slots.warn_of_losses(guider.model_options["transformer_options"], self.name)
+        self._replaced.warn_of_losses(guider.model_options["transformer_options"], self.name)
 
     def _run(self, options: dict) -> SamplingRun | None:
         """The sampling run if this layer and step are to be changed, else None."""

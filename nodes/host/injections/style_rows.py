@@ -27,10 +27,10 @@ class RowPatches(Injection):
 
     def __init__(self, model: ModelPatcher, styles: dict[int, StyleEntry], names: list[str]):
         """styles: those with features, by their number; names: of all styles."""
-        self.adapter, self.styles, self.names = find_adapter(model), styles, names
-        sampling = model.get_model_object("model_sampling")
+        self.styles, self.names = styles, names
+        adapter, sampling = find_adapter(model), model.get_model_object("model_sampling")
         self.keys = {
-            number: {FeatureKey("self_attention", *slot) for slot in self.adapter.slots(self.adapter.places(style.layers))}
+            number: {FeatureKey("self_attention", *slot) for slot in adapter.slots(adapter.places(style.layers))}
             for number, style in styles.items()
         }
         self.sources = tuple(
@@ -43,7 +43,7 @@ class RowPatches(Injection):
         )
 
     def patch(self, model: ModelPatcher) -> None:
-        self.adapter.change_hidden(model, self.change_hidden, blends=True)
+        find_adapter(model).change_hidden(model, self.change_hidden, blends=True)
 
     def change_hidden(self, own: Tensor, inputs: Attended, options: dict) -> Replacement | None:
         rows, run = options.get(STYLE_ROWS), current_run(options)
