@@ -4,6 +4,7 @@ import comfy.sd
 import pytest
 import safetensors.torch
 import torch
+from support.devices import ON_CPU
 from support.models import randomize, tiny_cond, tiny_unet
 
 from pastiche.nodes.host.training import loop as lora_training
@@ -29,11 +30,11 @@ def same(a, b):
 
 
 def state_of(model):
-    """Everything training could leave behind on the model."""
+    """Everything training could leave behind on the model. On a device, loading it there is no such thing."""
     network = model.model
     return (
-        {name: (id(p), p.requires_grad, p.device, p.grad is None) for name, p in network.named_parameters()},
-        {name: p.clone() for name, p in network.named_parameters()},
+        {name: (id(p), p.requires_grad, p.grad is None, ON_CPU and p.device) for name, p in network.named_parameters()},
+        {name: p.to("cpu", copy=True) for name, p in network.named_parameters()},
         [(module.training, "forward" in module.__dict__, len(module._forward_hooks)) for module in network.modules()],
     )
 

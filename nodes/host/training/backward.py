@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 from typing import Any, Iterator
 
+import comfy.model_management
 import comfy.ops
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,9 @@ class _FrozenCast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: nn.Module, forward: Any) -> Tensor:
         ctx.module, ctx.shape, ctx.dtype = module, x.shape, x.dtype
-        return forward(x)
+        output = forward(x)
+        # A view made in here could not be added to in place, as transformers do with their residual stream.
+        return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -202,3 +205,32 @@ def _override_forward(stack: ExitStack, module: nn.Module, make: Any) -> None:
         stack.callback(module.__dict__.pop, "forward", None)
     else:
         stack.callback(setattr, module, "forward", own)
+
+
+@contextmanager
+def kernels_with_gradients() -> Iterator[None]:
+    """ComfyUI's own switch for training: its fused kernels (rotary embeddings, for one) have no backward pass."""
+    before = getattr(comfy.model_management, "in_training", False)
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """CUDA's kernels in their deterministic form, so that the same seed gives the same file; the CPU's always are."""
+    if device.type != "cuda":
+        yield
+        return
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -6,7 +6,8 @@ Loading, offloading, other patches, conditioning and Cancel are ComfyUI's own; t
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack, contextmanager, nullcontext
+import math
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator
 
@@ -20,7 +21,16 @@ from torch import Tensor
 from ...algorithms.inversion import ddim_step
 from ...algorithms.training import loss_weight, output_gain, signal_to_noise, step_generator, weighted_error
 from .adapters import Adapters
-from .backward import checkpointed, differentiable, norm_weights_kept, norms_of_copies, recast_in_backward
+from .backward import (
+    checkpointed,
+    deterministic,
+    differentiable,
+    kernels_with_gradients,
+    norm_weights_kept,
+    norms_of_copies,
+    recast_in_backward,
+)
+from .checks import check_conditioning, check_inputs
 from .images import TrainingImages
 from .state import TrainingState
 
@@ -29,6 +39,7 @@ ACTIVATION_FACTOR = 4  # a training step's memory over an inference step's, for 
 PREVIEW_STEPS = 12
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("model", *DTYPES)
+GUIDANCE = ("sampler_pre_cfg_function", "sampler_cfg_function", "sampler_calc_cond_batch_function", "sampler_post_cfg_function")
 
 
 @dataclass(frozen=True)
@@ -82,12 +93,10 @@ def train_style_lora(
     positive: one CONDITIONING entry, or one per image. Raises ValueError for inputs that do not fit, when no
     memory is left at batch 1, and when the first loss is not finite.
     """
-    _check(positive, images, settings)
+    check_inputs(model, positive, images, settings)
     with torch.inference_mode(False), torch.no_grad():
         patched = model.clone()
-        options = patched.model_options["transformer_options"]
-        # Some of ComfyUI's attention kernels (sage, sub-quadratic) have no gradient or a slow one.
-        options.setdefault("optimized_attention_override", lambda function, *a, **k: attention_pytorch(*a, **k))
+        _differentiable_denoiser(patched.model_options)
         patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "pastiche", _reserve_activations)
         guider = comfy.samplers.CFGGuider(patched)
         guider.inner_set_conds({"positive": _ordinary(positive)})
@@ -99,19 +108,16 @@ def train_style_lora(
         return loop.result
 
 
-def _check(positive: list, images: TrainingImages, settings: TrainingSettings) -> None:
-    if len(positive) not in (1, len(images)):
-        raise ValueError(
-            f"positive: got {len(positive)} conditionings for {len(images)} image(s); "
-            "connect one for all of them, or one each (in order, with Conditioning Combine)."
-        )
-    if any(entry[0] is not None and not bool(torch.isfinite(entry[0]).all()) for entry in positive):
-        raise ValueError("positive: holds NaN or infinite values; the text encoder overflowed (try --fp32-text-enc).")
-    if settings.steps < 1 or settings.rank < 1 or settings.batch_size < 1:
-        raise ValueError(
-            "steps, rank and batch_size must be at least 1, got "
-            f"{settings.steps}, {settings.rank} and {settings.batch_size}."
-        )
+def _differentiable_denoiser(options: dict) -> None:
+    """What is trained is the model's own prediction: guidance (SAG, rescaled CFG) takes no part in it, and attention
+    is PyTorch's own, since other kernels (sage, sub-quadratic) have no gradient or a slow one."""
+    left_out = [name for name in GUIDANCE if options.pop(name, None) is not None]
+    transformer = options["transformer_options"]
+    if transformer.get("optimized_attention_override") is not None:
+        left_out.append("optimized_attention_override")
+    transformer["optimized_attention_override"] = lambda function, *a, **k: attention_pytorch(*a, **k)
+    if left_out:
+        logging.info("Pastiche: training leaves out what MODEL carries for sampling: %s.", ", ".join(left_out))
 
 
 def _reserve_activations(executor, model, noise_shape, *args, **kwargs):
@@ -139,6 +145,7 @@ class _TrainingLoop(comfy.samplers.Sampler):
         settings, state = self._settings, self._state
         self._guider, self._extra_args, self._sigmas = model_wrap, extra_args, sigmas
         self._conds = model_wrap.conds["positive"]
+        check_conditioning(self._conds, settings.crop)
         self._model = model = model_wrap.inner_model
         self._device = model_wrap.model_patcher.load_device
         self._adapters = Adapters(
@@ -154,8 +161,8 @@ class _TrainingLoop(comfy.samplers.Sampler):
         state.restore(self._adapters, optimizer, scaler)
         note = ""
         with ExitStack() as self._stack:
-            self._stack.enter_context(_deterministic(self._device))
-            self._stack.enter_context(_kernels_with_gradients())
+            self._stack.enter_context(deterministic(self._device))
+            self._stack.enter_context(kernels_with_gradients())
             self._stack.enter_context(differentiable(model))
             self._stack.enter_context(recast_in_backward(model.diffusion_model, settings.precision in DTYPES))
             self._stack.enter_context(norm_weights_kept(model.diffusion_model))
@@ -181,28 +188,35 @@ class _TrainingLoop(comfy.samplers.Sampler):
         return latent_image
 
     def _train(self, parameters: list, optimizer: Any, scaler: Any) -> str:
+        """Steps until all are done; why they ended early, or "". Where one ruins the LoRA, the last good one is kept."""
         settings, state = self._settings, self._state
         good = [parameter.detach().clone() for parameter in parameters]
         while state.step < settings.steps:
             comfy.model_management.throw_exception_if_processing_interrupted()
             loss = self._step(state.step, scaler)
-            if not torch.isfinite(torch.tensor(loss)):
-                reason = f"The loss became {loss} at step {state.step + 1}: {self._cause(state.step)}"
-                optimizer.zero_grad(set_to_none=True)
-                if state.step == 0:
-                    raise ValueError(reason)
-                torch._foreach_copy_([parameter.data for parameter in parameters], good)
-                logging.warning("Pastiche: %s The weights of the last good step are kept.", reason)
-                return reason
+            if not math.isfinite(loss):
+                return self._ruined(parameters, good, f"The loss became {loss}", state.step)
             torch._foreach_copy_(good, [parameter.data for parameter in parameters])
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            if not _finite(parameters):
+                return self._ruined(parameters, good, "The LoRA became NaN", state.step)
             state.advance(loss)
             due = settings.preview_every and state.step % settings.preview_every == 0
             self._report(state.step, loss, self._preview() if due else None)
             state.save(self._adapters, optimizer, scaler)
         return ""
+
+    def _ruined(self, parameters: list, good: list[Tensor], what: str, step: int) -> str:
+        reason = f"{what} at step {step + 1}: {self._cause(step)}"
+        for parameter in parameters:
+            parameter.grad = None
+        if step == 0:
+            raise ValueError(reason)
+        torch._foreach_copy_([parameter.data for parameter in parameters], good)
+        logging.warning("Pastiche: %s The weights of the last good step are kept.", reason)
+        return reason
 
     def _step(self, step: int, scaler: Any) -> float:
         """Loss of one training step; leaves its gradients. Where memory runs out, splits the batch and tries again."""
@@ -250,9 +264,21 @@ class _TrainingLoop(comfy.samplers.Sampler):
                 losses = self._losses(self._conds_of(indices[rows[0]]), latents[rows], sigma[rows], noise[rows])
                 loss = losses.sum() / len(indices)
                 if scaler is not None:
-                    scaler.scale(loss).backward()
+                    self._backward(scaler.scale(loss))
             total += float(loss.detach())
         return total
+
+    def _backward(self, loss: Tensor) -> None:
+        """Raises ValueError where a patch on MODEL stops the gradient or cannot be differentiated."""
+        cure = "Something on MODEL (a patch of another node?) cannot be trained through{}. Connect the model from before it."
+        if not loss.requires_grad:
+            raise ValueError(cure.format(": no layer with a LoRA reaches the prediction"))
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            if _out_of_memory(error) or "gradient" not in str(error) and "inplace" not in str(error):
+                raise
+            raise ValueError(cure.format(f" ({error})")) from error
 
     def _micro_batches(self, indices: list[int]) -> Iterator[list[int]]:
         """Rows that can share a forward: at most `micro` of them, of one caption."""
@@ -304,38 +330,13 @@ class _TrainingLoop(comfy.samplers.Sampler):
         )
 
 
+def _finite(parameters: list) -> bool:
+    return bool(torch.stack(torch._foreach_norm([parameter.data for parameter in parameters])).isfinite().all())
+
+
 def _out_of_memory(error: Exception) -> bool:
     return (
         comfy.model_management.is_oom(error)
         or isinstance(error, MemoryError)
         or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
     )
-
-
-@contextmanager
-def _kernels_with_gradients() -> Iterator[None]:
-    """ComfyUI's own switch for training: its fused kernels (rotary embeddings, for one) have no backward pass."""
-    before = getattr(comfy.model_management, "in_training", False)
-    comfy.model_management.in_training = True
-    try:
-        yield
-    finally:
-        comfy.model_management.in_training = before
-
-
-@contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """CUDA's kernels in their deterministic form, so that the same seed gives the same file; the CPU's always are."""
-    if device.type != "cuda":
-        yield
-        return
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
