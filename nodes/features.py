@@ -4,7 +4,8 @@ from comfy_api.latest import io
 
 from .host.features.capture import MEMORY, PRECISION, capture
 from .host.features.library import list_files, load_bank, save_bank
-from .host.trajectories.inversion import noise_latent
+from .host.trajectories.inversion import inverted_noise
+from .host.trajectories.noise import latent_output
 from .host.features.stores import readable_size
 from .sockets import FeaturesSocket, TrajectorySocket
 
@@ -105,4 +106,5 @@ class LoadFeatures(io.ComfyNode):
     @classmethod
     def execute(cls, file, model, memory="disk") -> io.NodeOutput:
         bank = load_bank(file, memory, model)
-        return io.NodeOutput(bank, bank.trajectory, {"samples": noise_latent(model, bank.trajectory)})
+        noise = inverted_noise(model, bank.trajectory)
+        return io.NodeOutput(bank, bank.trajectory, latent_output(noise, {"samples": noise.as_latent()}))
