@@ -2,10 +2,12 @@
 
 from comfy_api.latest import io, ui
 
-from .host.trajectories.inversion import DEFAULT_SCHEME, SCHEMES, TOLERANCE, inverted_noise, invert
+from .host.features.capture import MEMORY, PRECISION
+from .host.features.on_the_way import invert_and_capture
+from .host.trajectories.inversion import DEFAULT_SCHEME, SCHEMES, TOLERANCE, inverted_noise
 from .host.trajectories.noise import latent_output
 from .host.trajectories.report import inversion_report
-from .sockets import TrajectorySocket
+from .sockets import FeaturesSocket, TrajectorySocket
 
 CATEGORY = "pastiche/inversion"
 
@@ -67,6 +69,31 @@ class DDIMInversion(io.ComfyNode):
                     tooltip="fixed_point only: a step is done when what sampling would miss of it, over the latent's length, "
                     "is below this. 0 goes to rounding.",
                 ),
+                io.String.Input(
+                    "streams",
+                    default="self_attention",
+                    advanced=True,
+                    tooltip="What the features output holds, as in Capture Features: self_attention (StyleID), h_space "
+                    "(InjectFusion), residual, self_attention_qk, cross_attention (DiffStyler).",
+                ),
+                io.String.Input(
+                    "layers", default="auto", advanced=True, tooltip='Decoder layers of the features, for example "6-11".'
+                ),
+                io.Combo.Input(
+                    "memory",
+                    options=list(MEMORY),
+                    default="recompute",
+                    advanced=True,
+                    tooltip="ram, vram, disk: features are kept as the inversion sees them, without evaluating again. "
+                    "recompute: nowhere; they are made beside the sampling.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISION),
+                    default="half",
+                    advanced=True,
+                    tooltip="Of the kept features: half stores 16-bit numbers, full 32-bit ones.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -83,16 +110,24 @@ class DDIMInversion(io.ComfyNode):
                     tooltip="The same as noise for SamplerCustomAdvanced, on every model: sampling starts from the inverted latent "
                     "whatever latent_image is.",
                 ),
+                FeaturesSocket.Output(
+                    display_name="features",
+                    tooltip="What Capture Features would give, kept on the way: for Style Injection and the like.",
+                ),
             ],
         )
 
     @classmethod
     def execute(
-        cls, model, latent, sigmas, positive=None, scheme=DEFAULT_SCHEME, iterations=5, substeps=1, tolerance=TOLERANCE
+        cls, model, latent, sigmas, positive=None, scheme=DEFAULT_SCHEME, iterations=5, substeps=1, tolerance=TOLERANCE,
+        streams="self_attention", layers="auto", memory="recompute", precision="half",
     ) -> io.NodeOutput:
-        noise, trajectory = invert(model, latent, sigmas, positive, scheme, iterations, substeps, tolerance)
+        noise, trajectory, features = invert_and_capture(
+            model, latent, sigmas, streams, layers, memory, precision,
+            positive=positive, scheme=scheme, iterations=iterations, substeps=substeps, tolerance=tolerance,
+        )
         sampler_noise = inverted_noise(model, trajectory)
-        return io.NodeOutput(latent_output(sampler_noise, noise), trajectory, sampler_noise)
+        return io.NodeOutput(latent_output(sampler_noise, noise), trajectory, sampler_noise, features)
 
 
 class InversionReport(io.ComfyNode):

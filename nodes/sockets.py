@@ -103,7 +103,8 @@ class FeatureStore(Protocol):
 
 @dataclass(frozen=True)
 class FeatureBank:
-    """Features of a trajectory: what the U-Net computed at (latents[j], sigmas[j]) for every j >= 1.
+    """Features of a trajectory: what the network computed at (latents[j], sigmas[j]) for every j >= 1, or, kept while
+    the inversion ran, where its scheme asked the network for level j.
 
     store:  None in `recompute` mode: features are then made beside the sampling, by `model`.
     model:  the MODEL they come from.

@@ -77,7 +77,7 @@ SHAPES = [(2, 4, 6, 10), (2, 4, 3, 6, 10)]
 def test_noise_takes_cores_sampler_back_to_the_clean_latent(models, positive, shape, prediction, latent_image):
     model, latent = models[prediction], {"samples": clean(shape)}
     sigmas = schedule(model, 30, "simple")
-    _, trajectory, noise = DDIMInversion.execute(model, latent, sigmas, positive, "fixed_point", 40, tolerance=0.0).result
+    _, trajectory, noise, _ = DDIMInversion.execute(model, latent, sigmas, positive, "fixed_point", 40, tolerance=0.0).result
     assert trajectory.latents.shape == (31, *shape)
     start = {"samples": torch.zeros(shape)} if latent_image == "empty" else latent
     back = advanced(model, positive, noise, sigmas, start)["samples"]
@@ -110,7 +110,7 @@ def test_midpoint_on_a_flow_is_nearer_to_its_ode_than_next(models, positive):
 def test_split_schedules_go_on_from_there(models, positive, prediction):
     model, latent = models[prediction], {"samples": clean((1, 4, 6, 10))}
     sigmas = schedule(model, 20, "simple")
-    _, _, noise = DDIMInversion.execute(model, latent, sigmas, positive, "fixed_point", 40, tolerance=0.0).result
+    _, _, noise, _ = DDIMInversion.execute(model, latent, sigmas, positive, "fixed_point", 40, tolerance=0.0).result
     high, low = SplitSigmas.execute(sigmas, 8).result
     halfway = advanced(model, positive, noise, high, {"samples": torch.zeros(1, 4, 6, 10)})
     back = advanced(model, positive, DisableNoise.execute().result[0], low, halfway)["samples"]
@@ -121,7 +121,7 @@ def test_the_latent_of_a_flow_model_is_refused_where_the_sampler_would_erase_it(
     """The defect: sampling gives 1e-7 of the content without a word."""
     model, latent = models["flow"], {"samples": clean((1, 4, 6, 10))}
     sigmas = schedule(model, 10, "simple")
-    blocked, _, noise = DDIMInversion.execute(model, latent, sigmas, positive).result
+    blocked, _, noise, _ = DDIMInversion.execute(model, latent, sigmas, positive).result
     assert isinstance(blocked, ExecutionBlocker) and "NOISE" in blocked.message and "SamplerCustomAdvanced" in blocked.message
     erased = {"samples": noise.as_latent()}
     blank = SamplerCustom.execute(model, False, 0, 1.0, positive, positive, KSamplerSelect.execute("euler").result[0], sigmas, erased)
@@ -133,7 +133,7 @@ def test_the_latent_without_added_noise_is_exact_where_it_is_given(models, posit
     """Partial inversions (denoise below 1) of flow models too."""
     model, latent = models[prediction], {"samples": clean((1, 4, 6, 10))}
     sigmas = schedule(model, 30, "simple")[10:]
-    noise, _, _ = DDIMInversion.execute(model, latent, sigmas, positive, "fixed_point", 40, tolerance=0.0).result
+    noise, *_ = DDIMInversion.execute(model, latent, sigmas, positive, "fixed_point", 40, tolerance=0.0).result
     sampler = KSamplerSelect.execute("euler").result[0]
     back = SamplerCustom.execute(model, False, 0, 1.0, positive, positive, sampler, sigmas, noise).result[0]["samples"]
     assert relative(back, latent["samples"]) < 1e-5
@@ -147,7 +147,7 @@ def test_the_report_shows_what_cores_sampler_gives(models, positive, prediction)
 
     model, latent = models[prediction], {"samples": clean((1, 4, 2, 6, 10))}
     sigmas = schedule(model, 5, "simple")
-    _, trajectory, noise = DDIMInversion.execute(model, latent, sigmas, positive, "next").result
+    _, trajectory, noise, _ = DDIMInversion.execute(model, latent, sigmas, positive, "next").result
     sampled = advanced(model, positive, noise, sigmas, {"samples": torch.zeros(1, 4, 2, 6, 10)})["samples"]
     assert torch.equal(reconstruct(model, trajectory), sampled)
     image = InversionReport.execute(model, trajectory, Decoder()).result[0]
@@ -159,7 +159,7 @@ def test_a_four_dimensional_latent_of_a_video_model_gets_its_frames():
     model = mixture("flow", channels=16, latent_format=comfy.latent_formats.Wan21())
     latent, sigmas = {"samples": torch.randn(1, 16, 6, 4, generator=torch.Generator().manual_seed(0))}, schedule(model, 20, "simple")
     positive = tiny_cond(model)
-    _, trajectory, noise = DDIMInversion.execute(model, latent, sigmas, positive, "fixed_point", 40, tolerance=0.0).result
+    _, trajectory, noise, _ = DDIMInversion.execute(model, latent, sigmas, positive, "fixed_point", 40, tolerance=0.0).result
     assert trajectory.latents.shape == (21, 1, 16, 1, 6, 4)
     back = advanced(model, positive, noise, sigmas, {"samples": torch.zeros(1, 16, 6, 4)})["samples"]
     assert relative(back[:, :, 0], latent["samples"]) < 1e-5

@@ -21,7 +21,7 @@ class Scene:
         self.sigmas = schedule(self.model, steps)
         self.positive, self.other = tiny_cond(self.model), tiny_cond(self.model, seed=7)
         self.content = random_latent(*size, batch=batch, seed=1)
-        noise, self.trajectory = invert(self.model, {"samples": self.content}, self.sigmas, self.positive, iterations=20)
+        noise, self.trajectory = invert(self.model, {"samples": self.content}, self.sigmas, self.positive, "fixed_point", 20)
         self.noise = noise["samples"]
         self.mask = torch.zeros(1, 64, 128)
         self.mask[..., 32:96] = torch.linspace(0, 1, 64)  # a soft edge over half the width

@@ -353,3 +353,10 @@ def test_refusals_say_what_to_connect(scene):
         two.sample(two.inject(content=None), noise=random_latent(batch=3))
     with pytest.raises(ValueError, match="2 masks for 1 samples"):
         scene.sample(scene.inject(mask=torch.ones(2, 8, 8)))
+
+
+def test_the_level_at_which_a_split_schedule_ends_need_not_be_captured(scene):
+    """Euler arrives there without asking the model."""
+    sigmas = torch.cat([scene.sigmas[:2], 0.8 * scene.sigmas[1:2]])
+    result = sample(scene.inject(), scene.noise, sigmas, scene.positive)
+    assert torch.isfinite(result).all()

@@ -27,7 +27,7 @@ def test_the_nodes_work_together():
     """The paper's thinned inversion (forward steps per kept step), capture, injection, mask."""
     model = tiny_unet()
     sigmas, positive = schedule(model, 4), tiny_cond(model)
-    noise, trajectory, _ = DDIMInversion.execute(
+    noise, trajectory, *_ = DDIMInversion.execute(
         model, {"samples": random_latent()}, sigmas, positive, scheme="next", substeps=5
     ).result
     assert trajectory.steps == 4

@@ -38,9 +38,9 @@ def test_inputs_that_scripts_rely_on():
 def test_graph_on_a_latent_model():
     model = tiny_unet()
     positive, sigmas = tiny_cond(model), schedule(model, 4)
-    noise, _, _ = run(DDIMInversion, model=model, latent={"samples": random_latent()}, sigmas=sigmas, positive=positive)
+    noise, *_ = run(DDIMInversion, model=model, latent={"samples": random_latent()}, sigmas=sigmas, positive=positive)
     content = {"samples": random_latent(16, 8, seed=4)}
-    _, trajectory, _ = run(DDIMInversion, model=model, latent=content, sigmas=sigmas, positive=positive)
+    _, trajectory, *_ = run(DDIMInversion, model=model, latent=content, sigmas=sigmas, positive=positive)
     (bank,) = run(CaptureFeatures, model=model, trajectory=trajectory, streams="h_space")
     (patched,) = run(HSpaceSlerp, model=model, content=bank, t_edit=300)
     (sampler,) = run(InjectFusionSampler, omega=0.3, t_boost=0, seed=1)
@@ -63,8 +63,8 @@ def test_graph_on_pixels(tmp_path, monkeypatch):
     sigmas = schedule(model, 3, "simple")
     images = torch.rand(2, 16, 24, 3, generator=torch.Generator().manual_seed(0))
     latents = [{"samples": vae.encode(images[i : i + 1])} for i in range(2)]
-    noise, _, _ = run(DDIMInversion, model=model, latent=latents[0], sigmas=sigmas, positive=empty, scheme="next")
-    _, trajectory, _ = run(DDIMInversion, model=model, latent=latents[1], sigmas=sigmas, scheme="next")
+    noise, *_ = run(DDIMInversion, model=model, latent=latents[0], sigmas=sigmas, positive=empty, scheme="next")
+    _, trajectory, *_ = run(DDIMInversion, model=model, latent=latents[1], sigmas=sigmas, scheme="next")
     (bank,) = run(CaptureFeatures, model=model, trajectory=trajectory, streams="h_space", memory="ram")
     (patched,) = run(HSpaceSlerp, model=model, content=bank, gamma=0.5)
     (sampler,) = run(InjectFusionSampler)
@@ -79,7 +79,7 @@ def test_attention_features_are_no_h_space(tmp_path, monkeypatch):
     write_folder(tmp_path / "lsun", make_network("cifar10"))
     model, _, _ = run(LoadUnconditional, folder="lsun")
     latent = {"samples": torch.zeros(1, 3, 16, 16)}
-    _, trajectory, _ = run(DDIMInversion, model=model, latent=latent, sigmas=schedule(model, 2, "simple"), scheme="next")
+    _, trajectory, *_ = run(DDIMInversion, model=model, latent=latent, sigmas=schedule(model, 2, "simple"), scheme="next")
     for layers in ("6-11", "auto"):
         with pytest.raises(ValueError, match="Unconditional DDPM has no attention blocks.*use h_space"):
             run(CaptureFeatures, model=model, trajectory=trajectory, streams="self_attention", layers=layers)

@@ -37,7 +37,7 @@ class Scene:
 
     def prepare(self, image):
         latent = {"samples": self.vae.encode(image)}
-        noise, trajectory, _ = DDIMInversion.execute(self.model, latent, self.sigmas, self.empty, "fixed_point", 10).result
+        noise, trajectory, *_ = DDIMInversion.execute(self.model, latent, self.sigmas, self.empty, "fixed_point", 10).result
         return noise, trajectory, CaptureFeatures.execute(self.model, trajectory, "self_attention", "6-11", "ram", "full").result[0]
 
     def draw(self, model, latent=None):
@@ -112,7 +112,7 @@ def test_round_trip_of_a_photo_that_was_never_trained_on(mini, repository):
     target = vae.decode(latent["samples"])
 
     def quality(scheme, steps, **options):
-        _, trajectory, _ = DDIMInversion.execute(model, latent, schedule(model, steps), empty, scheme, **options).result
+        _, trajectory, *_ = DDIMInversion.execute(model, latent, schedule(model, steps), empty, scheme, **options).result
         return psnr(vae.decode(reconstruct(model, trajectory)), target, 1.0)
 
     twenty, fifty = quality("next", 20), quality("next", 50)
@@ -127,7 +127,7 @@ def test_divergence_on_few_steps_falls_back_and_is_logged(mini, scene, caplog):
     latent = {"samples": model.model.process_latent_out(scene.content[1].latents[0]) * 6}  # far outside the data
     sigmas = schedule(model, 2)
     with caplog.at_level(logging.WARNING):
-        _, solved, _ = DDIMInversion.execute(model, latent, sigmas, scene.empty, "fixed_point", 8).result
-    _, plain, _ = DDIMInversion.execute(model, latent, sigmas, scene.empty, "next").result
+        _, solved, *_ = DDIMInversion.execute(model, latent, sigmas, scene.empty, "fixed_point", 8).result
+    _, plain, *_ = DDIMInversion.execute(model, latent, sigmas, scene.empty, "next").result
     errors = [(reconstruct(model, t) - latent["samples"]).norm() for t in (solved, plain)]
     assert errors[0] <= errors[1]

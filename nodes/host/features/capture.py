@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Sequence
 
 import comfy.model_management
 import psutil
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...sockets import FeatureBank, FeatureKey, Trajectory
+from ...sockets import FeatureBank, FeatureKey, FeatureStore, Trajectory
 from ..networks.fingerprint import fingerprint, require_same_model
 from ..networks.adapter import NetworkAdapter
 from ..networks.families import find_adapter
@@ -55,20 +55,13 @@ def capture(
             len(keys), readable_size(trajectory.latents.nbytes),
         )
         return FeatureBank(trajectory, keys, memory, None, model)
-    shapes = feature_shapes(adapter, keys, trajectory)
-    dtype = storage_dtype(model, precision)
-    size = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize * trajectory.steps
-    logging.info("Pastiche: capturing %d tensors x %d steps: %s (%s).", len(keys), trajectory.steps, readable_size(size), memory)
-    _check_room(size, memory, model.load_device)
-    writer = _open_writer(shapes, trajectory.steps, dtype, memory, model.load_device)
+    writer = open_writer(model, keys, trajectory, memory, precision)
     try:
         record(model, trajectory, keys, writer.write)
     except BaseException:  # Cancel included: no half-written file stays behind
-        if isinstance(writer, FileWriter):
-            writer.discard()
+        discard(writer)
         raise
-    store = FileStore(writer.finish(), temporary=True) if isinstance(writer, FileWriter) else writer
-    return FeatureBank(trajectory, keys, memory, store, model)
+    return FeatureBank(trajectory, keys, memory, finished(writer), model)
 
 
 def record(
@@ -94,11 +87,29 @@ def record(
     walk_latent(patched, noise_latent(model, trajectory), trajectory.conditioning, trajectory.schedule, walk)
 
 
-def _open_writer(shapes: Shapes, steps: int, dtype: torch.dtype, memory: str, device: torch.device):
+def open_writer(
+    model: ModelPatcher, keys: Sequence[FeatureKey], trajectory: Trajectory, memory: str, precision: str
+) -> MemoryStore | FileWriter:
+    """Room for the features of every step, logged and checked against what is free; memory: ram | vram | disk."""
+    shapes, steps = feature_shapes(find_adapter(model), keys, trajectory), trajectory.steps
+    dtype = storage_dtype(model, precision)
+    size = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize * steps
+    logging.info("Pastiche: capturing %d tensors x %d steps: %s (%s).", len(keys), steps, readable_size(size), memory)
+    _check_room(size, memory, model.load_device)
     if memory == "disk":
         named = {str(key): (steps, *shape) for key, shape in shapes.items()}
         return FileWriter(temporary_path(), named, dict.fromkeys(named, dtype), {"format": "pastiche-features"})
-    return MemoryStore(shapes, steps, dtype, torch.device("cpu") if memory == "ram" else device)
+    return MemoryStore(shapes, steps, dtype, torch.device("cpu") if memory == "ram" else model.load_device)
+
+
+def finished(writer: MemoryStore | FileWriter) -> FeatureStore:
+    return FileStore(writer.finish(), temporary=True) if isinstance(writer, FileWriter) else writer
+
+
+def discard(writer: MemoryStore | FileWriter) -> None:
+    """Leaves nothing of an interrupted capture behind."""
+    if isinstance(writer, FileWriter):
+        writer.discard()
 
 
 def _check_room(size: int, memory: str, device: torch.device) -> None:

@@ -62,7 +62,8 @@ class Source:
         """Raises ValueError where this does not fit a sampling of `noise` (B, C, H, W) along `sigmas`."""
         images, batch = self.trajectory.batch, noise.shape[0]
         if self.due is not None:
-            self._check_schedule([sigma for sigma in sigmas.float().cpu().tolist() if sigma > 0 and self.due(sigma)])
+            asked = sigmas[:-1].float().cpu().tolist()  # a schedule ends at its last level without evaluating there
+            self._check_schedule([sigma for sigma in asked if sigma > 0 and self.due(sigma)])
         if images not in (1, batch):
             raise ValueError(
                 f"{self.name}: {images} images cannot be shared among {batch} samples; "

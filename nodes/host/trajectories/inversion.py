@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Callable
+from typing import Any, Callable, Protocol
 
 import comfy.model_management
 import comfy.sample
@@ -21,7 +21,21 @@ from .noise import InvertedNoise
 Walk = Callable[[Predict, torch.Tensor, Callable], torch.Tensor]
 """(predict, x (B, C, ...) in model space, report(i, x, denoised)) -> x."""
 
-DEFAULT_SCHEME = "fixed_point"
+
+class Witness(Protocol):
+    """Sees an inversion's evaluations as they happen."""
+
+    def begin(self, model: Any, start: Trajectory) -> None:
+        """Puts its patches on `model` (a clone); `start` has the schedule and, as its only latents, the clean ones."""
+
+    def at(self, step: int) -> None:
+        """The next evaluation is about this step of the trajectory; 0: about none."""
+
+    def missing(self) -> list[int]:
+        """Steps that no evaluation was about yet."""
+
+
+DEFAULT_SCHEME = "predicted"
 TOLERANCE = 1e-4
 
 
@@ -100,12 +114,14 @@ def invert(
     iterations: int = 5,
     substeps: int = 1,
     tolerance: float = TOLERANCE,
+    witness: Witness | None = None,
 ) -> tuple[dict, Trajectory]:
     """DDIM inversion of a LATENT along a sampling schedule.
 
     sigmas: (S + 1,) descending to 0. substeps: forward steps per sampling step; only the schedule's own
     levels are kept (the papers' 1000-step inversion with 50 kept is 50 sigmas and 20 substeps).
     tolerance: residual over |x'| at which `fixed_point` stops, at the latest after `iterations`.
+    witness: sees every evaluation; levels that the scheme did not ask about are evaluated once more for it.
     Returns the LATENT at sigmas[0] (see `noise_latent`) and the Trajectory. Raises ValueError on bad schedules and
     latents, and for a MODEL with an injection.
     """
@@ -120,10 +136,15 @@ def invert(
     sampling = model.get_model_object("model_sampling")
     kept: list[torch.Tensor] = []
     notes = _Notes(tolerance)
+    if witness is not None:
+        model = model.clone()
+        witness.begin(model, Trajectory(ascending, samples.unsqueeze(0), conditioning, scheme, fingerprint(model)))
 
     def walk(predict: Predict, x: torch.Tensor, report: Callable) -> torch.Tensor:
         levels, eps = path.to(x.device), None
         kept.append(x.float().cpu())
+        if witness is not None:
+            predict = _witnessed(predict, ascending, witness)
         for i in range(len(levels) - 1):
             leg = Leg(
                 levels[i], levels[i + 1], eps, sampling.sigma_min.to(x), lambda sigma: _input_scale(sampling, sigma),
@@ -134,7 +155,12 @@ def invert(
             notes.take(landing, float(path[i + 1]))
             if (i + 1) % substeps == 0:
                 kept.append(x.float().cpu())
+                if witness is not None and landing.diverged is not None and bool(landing.diverged.any()):
+                    predict(x, levels[i + 1])  # the last evaluation was not at the iterate that was kept
             report(i, x, landing.denoised)
+        if witness is not None:
+            for step in witness.missing():
+                predict(kept[step].to(x), ascending[step].to(x))
         return x
 
     walk_latent(model, samples, conditioning, path, walk)
@@ -142,6 +168,17 @@ def invert(
     trajectory = Trajectory(ascending, torch.stack(kept), conditioning, scheme, fingerprint(model))
     out = {name: value for name, value in latent.items() if not name.startswith(("noise_mask", "downscale_ratio"))}
     return out | {"samples": noise_latent(model, trajectory)}, trajectory
+
+
+def _witnessed(predict: Predict, ascending: torch.Tensor, witness: Witness) -> Predict:
+    """`predict` that tells first which step of the trajectory it is asked about, 0 for levels between."""
+    steps = {sigma: step for step, sigma in enumerate(ascending.tolist())}
+
+    def asked(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        witness.at(steps.get(float(sigma), 0))
+        return predict(x, sigma)
+
+    return asked
 
 
 class _Notes:
