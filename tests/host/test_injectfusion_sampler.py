@@ -11,7 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from pastiche.nodes.algorithms.slerp import slerp
 from pastiche.nodes.host.features.capture import capture
 from pastiche.nodes.host.injections.hspace import H_SPACE, INJECT, inject_content
-from pastiche.nodes.host.injections.injectfusion_sampler import RowNoise, injectfusion_sampler
+from pastiche.nodes.host.injections.injectfusion_sampler import PredictionPair, RowNoise, injectfusion_sampler
 from pastiche.nodes.host.trajectories.inversion import invert
 from support.models import smooth_eps, tiny_cond, tiny_unet
 from support.sampling import random_latent, sample, schedule
@@ -254,3 +254,43 @@ def test_progress_previews_and_cancel(model, positive, bank):
     assert len(rows) == 2  # the first step's pair and its calibrated prediction
     management.interrupt_current_processing(False)
     assert torch.equal(run(patched, latent, sigmas, positive), expected)
+
+
+def test_boosting_begins_under_its_timestep(model, positive, bank):
+    """A step at exactly t_boost is not stochastic, the next one is; the last, to zero noise, never."""
+    latent, sigmas = random_latent(8, 8), schedule(model, STEPS, "simple")  # exactly the sigmas of whole timesteps
+    t = [int(model.model.model_sampling.timestep(sigma.view(1))) for sigma in sigmas[:-1]]
+    patched = inject_content(model, bank, 0.6, 900)
+
+    def boosted(t_boost):
+        return run(patched, latent, sigmas, positive, t_boost=t_boost, seed=7)
+
+    at = boosted(t[3])
+    assert torch.equal(at, boosted(t[4] + 1)) and not torch.equal(at, boosted(t[3] + 1)) and not torch.equal(at, boosted(t[4]))
+    assert torch.equal(boosted(t[5] + 1), boosted(0))
+
+
+def test_a_waiting_prediction_goes_to_its_own_step_only():
+    """Between the two predictions another node may ask for other conditions, or a latent of another size."""
+    class Run:
+        def conditional(self, uuid, number):
+            return number == 0
+
+    pair = PredictionPair([], Run())
+    conds = [[{"uuid": "a"}], [{"uuid": "b"}]]
+    asked = []
+
+    def core(model, conds, x, timestep, options):
+        asked.append(len(conds))
+        return [torch.full_like(x, float(10 * len(asked) + i)) for i in range(len(conds))]
+
+    x = torch.zeros(1, 4, 8, 8)
+    clean = pair._double(core, None, conds, x, None, {})
+    assert [float(out.mean()) for out in clean] == [10, 11] and asked == [3]
+    other = pair._hand_out(core, None, conds[:1], x, None, {})
+    wide = pair._hand_out(core, None, conds, torch.zeros(1, 4, 8, 16), None, {})
+    assert [float(out.mean()) for out in other + wide] == [20, 30, 31] and asked == [3, 1, 2]
+    injected = pair._hand_out(core, None, conds, x, None, {})
+    assert [float(out.mean()) for out in injected] == [12, 11]  # the prompt's injected one, the negative as it was
+    pair._hand_out(core, None, conds, x, None, {})
+    assert asked == [3, 1, 2, 2]  # it is handed out once

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
@@ -19,10 +21,11 @@ from pastiche.nodes.algorithms.slerp import slerp
 from pastiche.nodes.algorithms.styleid import blend
 from pastiche.nodes.host.features.capture import capture
 from pastiche.nodes.host.features.library import load_bank
-from pastiche.nodes.host.injections.content import inject_features
+from pastiche.nodes.host.injections.content import ContentPatches, inject_features
 from pastiche.nodes.host.injections.hspace import H_SPACE, INJECT, inject_content
 from pastiche.nodes.host.injections.injectfusion_sampler import injectfusion_sampler
 from pastiche.nodes.host.injections.keep_outside import keep_content_outside
+from pastiche.nodes.host.injections.schedule import Schedule
 from pastiche.nodes.host.injections.style import inject_style
 from pastiche.nodes.host.multistyle.guider import multi_style_guider
 from pastiche.nodes.host.networks.adapter import RUN
@@ -115,6 +118,32 @@ def test_three_styles_nest(scene, streams):
     torch.testing.assert_close(attended(scene, model), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("streams", ["self_attention", "self_attention_qkv"])
+def test_strength_counts_under_a_mask_too(scene, streams):
+    """A mask of ones at strength 0.5 is strength 0.5; half a mask halves what it covers."""
+    half = attended(scene, scene.style(scene.first, streams=streams, strength=0.5))
+    assert (half - attended(scene, scene.style(scene.first, streams=streams))).abs().max() > 1e-2
+    masked = attended(scene, scene.style(scene.first, streams=streams, strength=0.5, mask=torch.ones(1, 64, 64)))
+    torch.testing.assert_close(masked, half, rtol=1e-5, atol=1e-5)
+    soft = attended(scene, scene.style(scene.first, streams=streams, mask=torch.full((1, 64, 64), 0.5)))
+    torch.testing.assert_close(soft, half, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("streams", ["self_attention", "self_attention_qkv"])
+def test_the_plain_attention_of_a_blend_is_another_nodes_where_it_replaced_it(scene, streams):
+    """With a replacement that halves and shifts: blended is the replacement's own result, not core's attention."""
+    def halved_attention(q, k, v, options):
+        return 0.5 * optimized_attention(q, k, v, options["n_heads"], transformer_options=options) + 1
+
+    for slot in (("output", FINE), ("output", FINE, 0)):
+        theirs = scene.model.clone()
+        theirs.set_model_attn1_replace(halved_attention, *slot)
+        plain, styled = attended(scene, theirs), attended(scene, scene.style(scene.first, theirs, streams=streams))
+        assert (plain - attended(scene, scene.model)).abs().max() > 1e-2
+        halved = attended(scene, scene.style(scene.first, theirs, streams=streams, strength=0.5))
+        torch.testing.assert_close(halved, (plain + styled) / 2, rtol=1e-5, atol=1e-5)
+
+
 def test_an_unmasked_style_covers_those_before_it(scene):
     alone = attended(scene, scene.style(scene.second))
     for below in (dict(), dict(strength=0.5)):
@@ -157,6 +186,96 @@ def test_a_style_of_the_multi_style_guider_lies_over_the_models_own(scene):
     assert set(rows) == {0, -1}
     torch.testing.assert_close(rows[0], alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(rows[-1], attended(scene, model), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_a_batch_take_their_own_style_image(scene):
+    """Two samples, a bank of two style images: each row gets its own sample's, guidance or not."""
+    latents = torch.cat([random_latent(8, 8, seed=seed) for seed in (2, 3)])
+    _, pair = invert(scene.model, {"samples": latents}, scene.sigmas, scene.positive, "next")
+    singles = [replace(pair, latents=pair.latents[:, index : index + 1]) for index in range(2)]
+
+    def run(trajectory, noise):
+        bank = capture(scene.model, trajectory, "self_attention", "6-11", "ram", "full")
+        guider = multi_style_guider(scene.model, scene.positive, scene.negative, 3.0, [StyleEntry(features=bank, layers="6-11")])
+        return guider.sample(torch.zeros_like(noise), noise, comfy.samplers.sampler_object("euler"), scene.sigmas[:2],
+                             disable_pbar=True, seed=0)
+
+    noise = scene.noise.repeat(2, 1, 1, 1)
+    both = run(pair, noise)
+    alone = [run(single, noise[:1]) for single in singles]
+    apart = float((alone[0] - alone[1]).abs().max())
+    for row, expected in zip(both, alone):
+        assert (row - expected[0]).abs().max() < 1e-3 * apart
+
+
+@pytest.mark.parametrize("where", ["patch", "wrapper"])
+def test_recompute_runs_the_reference_with_its_own_patches_and_wrappers(scene, where):
+    """A bank of a MODEL that carries another node's: recomputed beside the sample as it was captured."""
+    model = scene.model.clone()
+    if where == "patch":
+        model.set_model_attn1_patch(lambda n, context, value, options: (1.5 * n, context, value))
+    else:
+        def wrapper(executor, x, *args, **kwargs):
+            return executor(0.7 * x, *args, **kwargs)
+
+        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "theirs", wrapper)
+
+    def run(source, memory):
+        bank = capture(source, scene.first, "self_attention", "6-11", memory, "full")
+        injected = inject_style(scene.model, bank, None, 0.0, 1.5, 1.0, "6-11", 0.0, 1.0, None)
+        return sample(injected, scene.noise, scene.sigmas[:2], scene.positive)
+
+    kept, recomputed, undecorated = run(model, "ram"), run(model, "recompute"), run(scene.model, "ram")
+    assert (recomputed - kept).abs().max() < 1e-3 * (undecorated - kept).abs().max()
+
+
+@pytest.mark.parametrize("mode, share", [("override", 1.0), ("blend", 0.6)])
+@pytest.mark.parametrize("kind", ["attn1", "attn2"])
+def test_blend_mode_mixes_queries_and_keys_in_float64(mode, share, kind):
+    """At timestep 300 the official code takes 2 * 300 / 1000 of the content's."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, q_content, k_content = torch.randn(5, 1, 6, 8, generator=generator, dtype=torch.float64)
+
+    class Patches(ContentPatches):
+        def __init__(self):
+            self.mode, self.attention_steps, self.schedule = mode, 1.0, Schedule(torch.tensor([1.0, 0.0]))
+
+        def _feature(self, stream, place, options, like):
+            return q_content if stream.endswith("_q") else k_content
+
+    class Run:
+        class model_sampling:
+            timestep = staticmethod(lambda sigma: torch.tensor([300.0]))
+
+    entered = Patches().replacement(kind, ("output", 5, 0), lambda *inputs: inputs[:3])(q, k, v, {RUN: Run(), "sigmas": torch.ones(1)})
+    for found, expected in zip(entered, (share * q_content + (1 - share) * q, share * k_content + (1 - share) * k, v)):
+        assert (found - expected).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("sampler", ["dpm_2", "euler_ancestral"])
+def test_the_model_sees_the_trajectory_outside(scene, sampler):
+    """Samplers that stray or add noise outside the mask: what the network gets there is the content's own latent."""
+    smooth, seen = smooth_eps(scene.model), []
+    _, trajectory = invert(smooth, {"samples": random_latent(8, 8, seed=1)}, scene.sigmas, scene.positive, iterations=3)
+    predict = smooth.model_options["model_function_wrapper"]
+
+    def note(apply_model, args):
+        seen.append((float(args["timestep"][0]), args["input"].clone()))
+        return predict(apply_model, args)
+
+    smooth.set_model_unet_function_wrapper(note)
+    left, _ = halves()
+    out = sample(keep_content_outside(smooth, trajectory, left), 3 * random_latent(8, 8, seed=6), scene.sigmas, scene.negative, sampler=sampler)
+    levels = trajectory.sigmas.tolist()
+    captured = 0
+    for sigma, x in seen:
+        above = min(i for i, level in enumerate(levels) if level >= sigma * (1 - 1e-6))
+        low, high = levels[above - 1], levels[above]
+        expected = torch.lerp(trajectory.latents[above - 1], trajectory.latents[above], (sigma - low) / (high - low))
+        captured += sigma in levels
+        torch.testing.assert_close(x[..., 4:], expected[..., 4:], rtol=1e-4, atol=1e-3)
+    assert captured == STEPS and len(seen) == (2 * STEPS - 1 if sampler == "dpm_2" else STEPS)
+    assert torch.equal(out[..., 4:], scene.model.model.process_latent_out(trajectory.latents[0])[..., 4:])
 
 
 def test_a_model_tells_what_it_carries(scene):
@@ -207,8 +326,6 @@ def split(model, latent, sigmas, at, *conditions, **options):
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_feature_injection_counts_the_steps_of_the_whole_schedule(scene, monkeypatch, at):
     """Shares of 0.75 and 0.25 are the first 3 steps and the first one, however the schedule is split."""
-    from pastiche.nodes.host.injections.content import ContentPatches
-
     bank = scene.bank(scene.content, "residual, self_attention_qk, cross_attention", "3-11")
     injected = inject_features(scene.model, bank, 0.75, 0.25, "auto", "auto", "auto")
     seen, original = set(), ContentPatches._feature

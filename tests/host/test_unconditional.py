@@ -13,7 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from pastiche.nodes.host.networks.families import find_adapter
 from pastiche.nodes.host.networks.unconditional import list_folders, load_unconditional, make_sampling
 
-from support.unconditional import SCHEDULER, make_network, write_folder
+from support.unconditional import COMMON, SCHEDULER, SHAPES, make_network, write_folder
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -71,6 +71,17 @@ def test_prediction_is_diffusers_own(root, shape, pipeline):
                 exact = copy.deepcopy(ours).double()(z.double(), torch.full((2,), float(t)), transformer_options={})
                 torch.testing.assert_close(exact, theirs(z.double(), t).sample, rtol=0, atol=1e-10)
     assert exact.std() > 0.01
+
+
+def test_a_network_that_centres_its_input_gets_it_centred(root):
+    """center_input_sample: such a network was trained on 0..1 images and maps them to -1..1 itself."""
+    network = diffusers.UNet2DModel(**COMMON, **SHAPES["cifar10"], center_input_sample=True).eval().requires_grad_(False)
+    model, *_ = load_unconditional(write_folder(root / "centred", network).name)
+    ours, theirs, z = copy.deepcopy(model.model.diffusion_model).double(), copy.deepcopy(network).double(), noise(1, 3, 16, 16).double()
+    with torch.no_grad():
+        found = ours(z, torch.tensor([500.0]), transformer_options={})
+        torch.testing.assert_close(found, theirs(z, 500).sample, rtol=0, atol=1e-10)
+        assert (found - theirs(2 * z - 1, 500).sample).abs().max() > 1e-3
 
 
 def test_cores_simple_scheduler_is_trailing_spacing(root):

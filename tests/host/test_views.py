@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from pastiche.nodes.algorithms.views import attention_map, heat_overlay, mark_cell, pca_image
@@ -67,3 +69,44 @@ def test_layers_that_were_not_captured_get_a_sentence(banks):
         feature_pca(banks["ram"], None, "6-7", 0.5, 64)
     with pytest.raises(ValueError, match="compare: its features"):
         feature_pca(banks["ram"], banks["style"], "7", 0.5, 64)
+
+
+class StepStore:
+    """Features that are their step's number everywhere, or `values` at every step."""
+
+    nbytes = 0
+
+    def __init__(self, shape, values=None):
+        self.shape, self.values = shape, values
+
+    def read(self, key, step, device):
+        return torch.full(self.shape, float(step)) if self.values is None else self.values
+
+
+@pytest.mark.parametrize("share, step", [(0.0, 4), (0.24, 4), (0.25, 3), (0.5, 2), (0.99, 1), (1.0, 1)])
+def test_percent_runs_from_the_noisiest_step_to_the_cleanest(banks, share, step):
+    """Steps count up with the noise: percent 0 is the last one of a trajectory of 4."""
+    trajectory = replace(banks["ram"].trajectory, sigmas=torch.arange(5.0), latents=torch.zeros(5, 1, 4, 8, 12))
+    key = FeatureKey("residual", "output", 7)
+    bank = replace(banks["ram"], trajectory=trajectory, store=StepStore((1, 2, 4, 6)))
+    assert features_at(bank, key, share).unique().tolist() == [step]
+
+
+def test_the_marked_patch_is_the_one_asked_for(banks):
+    """x counts columns, y rows, on a grid that is not square: the mark, and the query whose attention is drawn."""
+    bank = banks["ram"]
+    rows, columns, width = 4, 6, 32  # the grid of output 7 for an 8x12 latent
+    hidden = torch.zeros(1, rows * columns, width)
+    hidden[0, 1 * columns + 4] = 30 * torch.randn(width, generator=torch.Generator().manual_seed(0))
+    content = replace(bank, store=StepStore(None, hidden))
+    black, style_image = torch.zeros(1, 64, 96, 3), torch.full((1, 80, 64, 3), 0.5)
+
+    def draw(x, y):
+        return style_similarity(content, banks["style"], "7", 0.5, x, y, black, style_image)[0]
+
+    here = draw(4.5 / columns, 1.5 / rows)
+    marked = here[:, :96, 0] > 0.5
+    ys, xs = marked.nonzero().unbind(1)
+    assert (int(ys.min()), int(ys.max()), int(xs.min()), int(xs.max())) == (16 - 1, 32, 64 - 1, 80)
+    flat = draw(1.5 / columns, 1.5 / rows)  # a query of zeros attends evenly; its mirror image would be (4.5, 1.5)
+    assert float(flat[:, 96:].std(dim=(0, 1)).max()) < 1e-3 < float(here[:, 96:].std(dim=(0, 1)).max())

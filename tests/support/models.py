@@ -70,12 +70,14 @@ def tiny_unet(
     heads: int = 2,
     in_channels: int = 4,
     cast: torch.dtype | None = None,
+    **options,
 ) -> comfy.model_patcher.ModelPatcher:
     """A small random U-Net with the block positions of `family` as a MODEL for the device under test.
 
     Latents are (B, in_channels, h, w) with any h, w >= 8; contexts (B, tokens, context_dim). `channels`
     must be a multiple of 32 (group norm), heads divide it. sdxl takes adm vectors of 2816 through
-    SDXL's own `encode_adm`, so its conditioning needs a pooled_output of 1280 (see `tiny_cond`).
+    SDXL's own `encode_adm`, so its conditioning needs a pooled_output of 1280 (see `tiny_cond`). `options` are more
+    of UNetModel's, such as resblock_updown=True.
     """
     res_blocks, depth, middle, depth_output = _LAYOUTS[family]
     mult = channel_mult or (1, 1, 2, 2)[: len(res_blocks)]
@@ -109,6 +111,7 @@ def tiny_unet(
             "context_dim": context_dim,
             "use_linear_in_transformer": family != "sd15",
             **({"num_classes": "sequential", "adm_in_channels": 2816} if family == "sdxl" else {"adm_in_channels": None}),
+            **options,
         }
     )
     config.set_inference_dtype(dtype, cast)
