@@ -22,7 +22,7 @@ import pytest
 from support.devices import MODES, ON_CPU, SIMULATED, TEST_DEVICE, available_modes, memory_mode
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDS_COMFYUI = ("host", "nodes", "server", "browser")
+NEEDS_COMFYUI = ("host", "nodes", "neighbours", "server", "browser")
 
 
 def _find_comfyui() -> Path | None:

@@ -6,14 +6,25 @@ import torch
 from torch import Tensor
 
 NEGLIGIBLE = 1e-6  # what rounding leaves of a partition of unity
+OVERLAPS: tuple[str, ...] = ("share", "later")
 
 
-def normalise_masks(masks: Tensor) -> tuple[Tensor, Tensor]:
+def normalise_masks(masks: Tensor, overlap: str = "share") -> tuple[Tensor, Tensor]:
     """Weights of the styles and of the base model: (S, B, H, W) in [0, 1] -> (S, B, H, W), (B, H, W), summing to 1.
 
-    Where the masks add up to more than 1 they are divided by their sum; where to less, the base has the rest.
-    A mask alone is returned as it is, exactly.
+    overlap "share": where the masks add up to more than 1 they are divided by their sum; where to less, the base has
+    the rest. "later": a later mask covers the earlier ones as a layer of its opacity, w_i = m_i prod_{j>i} (1 - m_j);
+    with hard masks that is the official code's overwriting. A mask alone is returned as it is, exactly.
+    Raises ValueError for another overlap.
     """
+    if overlap not in OVERLAPS:
+        raise ValueError(f'overlap: got "{overlap}", choose among {", ".join(OVERLAPS)}.')
+    if overlap == "later":
+        weights, rest = masks.clone(), torch.ones_like(masks[0])
+        for number in reversed(range(len(masks))):
+            weights[number] = masks[number] * rest
+            rest = rest * (1 - masks[number])
+        return weights, rest
     total = masks.sum(dim=0)
     rest = 1 - total.clamp(max=1)
     return masks / total.clamp(min=1), torch.where(rest < NEGLIGIBLE, torch.zeros_like(rest), rest)

@@ -5,67 +5,10 @@ import comfy.sd
 import pytest
 import torch
 from support.models import tiny_cond, tiny_unet
+from support.styles import SIZE, Loop, masks, merged, plain, random_lora, sample
 
 from pastiche.nodes.host.multistyle.guider import MultiStyleGuider, multi_style_guider
 from pastiche.nodes.sockets import StyleEntry
-
-SIZE = (2, 4, 16, 8)  # two samples, not square
-
-
-def random_lora(model, seed, rank=4, layers=("to_q", "to_k", "to_v"), scale=0.3):
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, module in model.model.named_modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and name.rsplit(".", 1)[-1] in layers:
-            weight = module.weight
-            down = torch.randn(rank, *weight.shape[1:], generator=generator)
-            up = torch.randn(weight.shape[0], rank, *[1] * (weight.ndim - 2), generator=generator)
-            tensors[f"{name}.lora_down.weight"] = down / weight[0].numel() ** 0.5
-            tensors[f"{name}.lora_up.weight"] = up * scale
-            tensors[f"{name}.alpha"] = torch.tensor(2.0)
-    return tensors
-
-
-def sample(guider, steps=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(SIZE, generator=generator)
-    model = guider.model_patcher
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
-    return guider.sample(noise, torch.zeros(SIZE), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
-
-
-def plain(model, positive, negative, cfg):
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative)
-    guider.set_cfg(cfg)
-    return guider
-
-
-def merged(model, lora, strength=1.0):
-    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
-
-
-def masks(count, seed=3):
-    return [mask for mask in torch.rand(count, 1, 64, 32, generator=torch.Generator().manual_seed(seed))]
-
-
-class Loop(comfy.samplers.CFGGuider):
-    """Eq. 7 as written: every model patched and run on its own, the predictions added up."""
-
-    def __init__(self, base, models, weights, rest):
-        super().__init__(base)
-        self.parts = [*zip(models, weights), (base, rest)]
-        self.guiders = []
-
-    def predict_noise(self, x, timestep, model_options={}, seed=None):
-        total = torch.zeros_like(x)
-        for (model, conds, cfg), weight in [(part, weight) for part, weight in self.parts]:
-            guider = plain(model, *conds, cfg)
-            out = []
-            step = comfy.samplers.KSAMPLER(lambda wrap, x0, s, extra_args=None, **k: out.append(wrap(x, timestep, **extra_args)) or x0)
-            guider.sample(torch.zeros_like(x), x, step, timestep[:1].repeat(2), disable_pbar=True, seed=0)
-            total = total + weight.to(x) * out[0]
-        return total
 
 
 def test_equals_a_loop_over_patched_models():
@@ -81,11 +24,8 @@ def test_equals_a_loop_over_patched_models():
     entries = [StyleEntry(lora=lora, conditioning=prompts[i], mask=own[i]) for i, lora in enumerate(loras)]
     ours = sample(multi_style_guider(model, prompts[3], negative, 3.0, entries))
     weights, rest = normalise_masks(torch.stack([resize_mask(mask, 16, 8) for mask in own]))
-    models = [(merged(model, lora), (prompts[i], negative), 3.0) for i, lora in enumerate(loras)]
-    loop = Loop(model, models, weights.unsqueeze(2), rest.unsqueeze(1))
-    loop.parts[-1] = ((model, (prompts[3], negative), 3.0), rest.unsqueeze(1))
-    loop.inner_set_conds({"positive": prompts[3], "negative": negative})
-    expected = sample(loop)
+    parts = [(merged(model, lora), prompts[i], negative, 3.0, weights[i].unsqueeze(1)) for i, lora in enumerate(loras)]
+    expected = sample(Loop(model, [*parts, (model, prompts[3], negative, 3.0, rest.unsqueeze(1))]))
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
     base = sample(plain(model, prompts[3], negative, 3.0))
     assert (ours - base).abs().max() > 1e-2 * expected.abs().max()

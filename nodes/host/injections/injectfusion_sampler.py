@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
 import comfy.model_management
@@ -14,6 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from tqdm.auto import trange
 
 from ...algorithms.injectfusion import asymmetric_step, calibrate
+from ..networks.neighbours import reads_whole_batch
 from .hspace import INJECT, HSpacePatches, due_injections, installed, sigma_of_timestep
 from .run import SamplingRun, current_run
 
@@ -87,25 +87,28 @@ class PredictionPair:
 
     `first` options make core's calc_cond_batch evaluate the conditions that inject a second time, marked by
     condition numbers past the real ones; core packs them into one batch as memory allows. Their outputs wait here
-    until the same step is asked for again with the `second` options, which hand them out instead of running the
-    model. Everything behind calc_cond_batch thus sees two ordinary predictions. Where another node takes
-    calc_cond_batch or apply_model over, the second prediction is a run of its own.
+    until the same latent is asked for again with the `second` options, which hand them out instead of running the
+    model. Everything behind calc_cond_batch thus sees two ordinary predictions; wrappers nearer to the model (the
+    Multi-Style Guider's) see one more condition. Where a patch of another node may look at the whole batch, it would
+    be told condition numbers that it does not know: there the second prediction is a run of its own.
     """
 
     def __init__(self, injections: list[HSpacePatches], run: SamplingRun):
         self._run = run
         self._both = any(injection.branch == "both" for injection in injections)
-        self._waiting: deque = deque()
+        self._waiting: list[tuple] = []
 
     def first(self, model_options: dict) -> dict:
-        if "model_function_wrapper" in model_options:  # it would be told condition numbers that it does not know
+        if reads_whole_batch(model_options):
             return _with(model_options, {INJECT: False})
-        return _with(model_options, {INJECT: False}, {WrappersMP.CALC_COND_BATCH: self._double})
+        return _with(model_options, {INJECT: False}, {WrappersMP.CALC_COND_BATCH: self._double}, outermost=True)
 
     def second(self, model_options: dict) -> dict:
-        return _with(model_options, {}, {WrappersMP.CALC_COND_BATCH: self._hand_out})
+        return _with(model_options, {}, {WrappersMP.CALC_COND_BATCH: self._hand_out}, outermost=True)
 
     def _double(self, executor, model, conds, x, timestep, model_options):
+        if reads_whole_batch(model_options):  # a pass of another node's, with its own patches
+            return executor(model, conds, x, timestep, model_options)
         count = len(conds)
         again = [i for i, cond in enumerate(conds) if cond is not None and (self._both or self._conditional(cond, i))]
         sources = [*range(count), *again]
@@ -124,16 +127,24 @@ class PredictionPair:
         injected = [output.clone() for output in outputs[:count]]
         for i, output in zip(again, outputs[count:]):
             injected[i] = output
-        self._waiting.append((count, x.shape, injected))
+        self._waiting.append((_signature(conds), x.clone(), injected))
         return outputs[:count]
 
     def _conditional(self, cond: list[dict], number: int) -> bool:
         return any(self._run.conditional(part.get("uuid"), number) for part in cond)
 
     def _hand_out(self, executor, model, conds, x, timestep, model_options):
-        if self._waiting and self._waiting[0][:2] == (len(conds), x.shape):
-            return self._waiting.popleft()[2]
+        if not reads_whole_batch(model_options):
+            for number, (asked, latent, injected) in enumerate(self._waiting):
+                if asked == _signature(conds) and torch.equal(latent, x):
+                    del self._waiting[number]
+                    return injected
         return executor(model, conds, x, timestep, model_options)
+
+
+def _signature(conds: list) -> tuple:
+    """Which conditions are asked for: the ids that core gives every condition."""
+    return tuple(None if cond is None else tuple(entry.get("uuid") for entry in cond) for cond in conds)
 
 
 def _with(model_options: dict, transformer_options: dict, wrappers: dict | None = None, outermost: bool = False) -> dict:

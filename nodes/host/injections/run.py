@@ -53,6 +53,11 @@ class SamplingRun:
                     conds[position] = {**cond, "uuid": uuid.uuid4()}
                     self._conditions[conds[position]["uuid"]] = name
 
+    def alias(self, condition: Any, known: Any) -> None:
+        """Makes uuid `condition` another name of `known`, one of the guider's."""
+        if known in self._conditions:
+            self._conditions[condition] = self._conditions[known]
+
     def conditional(self, condition: Any, number: int) -> bool:
         """Whether a prediction follows a prompt, and is not the one that guidance leads away from.
 

@@ -9,27 +9,24 @@ import comfy.samplers
 import comfy.utils
 import folder_paths
 import torch
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...algorithms.diffstyler import mix_predictions, normalise_masks
 from ...algorithms.masks import resize_mask
 from ...sockets import StyleEntry
-from .lora_batch import BASE, BatchedStyles, lora_patches, style_patches
-from ..injections.style_rows import STYLE_ROWS, RowPatches
-
-CONDITIONAL, UNCONDITIONAL = 0, 1  # what cond_or_uncond tells patches
+from ..injections.style_rows import RowPatches
+from .lora_batch import BatchedStyles, lora_patches, style_patches
+from .mixture import StyleMixture, cond_name
 
 
 class MultiStyleGuider(comfy.samplers.CFGGuider):
     """CFGGuider whose prediction is sum_i M_i D_i + (1 - sum_i M_i) D: of every style's LoRA and prompt, and of the base.
 
     Mixing denoised predictions is mixing eps, as both are at the same latent. Guidance, hooks and samplers work
-    on the mixture as they would on one model's prediction.
+    on the mixture as they would on one model's prediction. overlap: see `normalise_masks`.
     """
 
-    def __init__(self, model: Any, styles: list[StyleEntry]):
-        self.styles = styles
+    def __init__(self, model: Any, styles: list[StyleEntry], overlap: str = "share"):
+        self.styles, self.overlap = styles, overlap
         self.names = [style.name or f"style {number + 1}" for number, style in enumerate(styles)]
         featured = {number: style for number, style in enumerate(styles) if style.features is not None}
         if featured:
@@ -45,10 +42,8 @@ class MultiStyleGuider(comfy.samplers.CFGGuider):
         return {}
 
     def set_conds(self, positive: list, negative: list) -> None:
-        conds = {"positive": positive, "negative": negative}
-        for number, style in enumerate(self.styles):
-            conds[_cond_name(number)] = positive if style.conditioning is None else style.conditioning
-        self.inner_set_conds(conds)
+        own = {cond_name(i): style.conditioning for i, style in enumerate(self.styles) if style.conditioning is not None}
+        self.inner_set_conds({"positive": positive, "negative": negative, **own})
 
     def sample(self, noise: Tensor, latent_image: Tensor, *args, **kwargs) -> Tensor:
         self._check_masks(noise)
@@ -61,23 +56,22 @@ class MultiStyleGuider(comfy.samplers.CFGGuider):
 
     def inner_sample(self, noise, latent_image, device, sampler, sigmas, *args, **kwargs):
         sampling = self.inner_model.model_sampling
-        self._ranges = [
-            (sampling.percent_to_sigma(style.start_percent), sampling.percent_to_sigma(style.end_percent))
+        ranges = [
+            (sampling.percent_to_sigma(style.end_percent), sampling.percent_to_sigma(style.start_percent))
             for style in self.styles
         ]
-        self._masks = [self._mask(style, noise).to(device) for style in self.styles]
-        for mask, name in zip(self._masks, self.names):
+        masks = [self._mask(style, noise).to(device) for style in self.styles]
+        for mask, name in zip(masks, self.names):
             if not bool(mask.any()):
                 logging.info("Pastiche: the mask of %s is empty, it has no effect.", name)
-        self._batch = BatchedStyles(
+        batch = BatchedStyles(
             self.inner_model, self._patches, [style.strength for style in self.styles], self.names,
             device, self.inner_model.get_dtype_inference(),
         )
-        try:
-            with self._batch.attached():
-                return super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
-        finally:
-            del self._batch, self._masks, self._ranges
+        if self.styles:
+            StyleMixture(self, batch, masks, ranges, self.overlap).install(self.model_options)  # the run's own copy
+        with batch.attached():
+            return super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
 
     def _mask(self, style: StyleEntry, noise: Tensor) -> Tensor:
         """(B, H, W) on the latent grid, in [0, 1]. A style of features has its strength here, a LoRA in its update."""
@@ -85,67 +79,6 @@ class MultiStyleGuider(comfy.samplers.CFGGuider):
         mask = torch.ones(1, 1, 1) if style.mask is None else resize_mask(style.mask, height, width).clamp(0, 1)
         strength = 1.0 if style.features is None else min(max(style.strength, 0.0), 1.0)
         return (strength * mask).expand(batch, height, width)
-
-    def predict_noise(self, x, timestep, model_options={}, seed=None):
-        sigma = float(timestep.flatten()[0])
-        active = [
-            number for number, (high, low) in enumerate(self._ranges)
-            if low <= sigma <= high and bool(self._masks[number].any())
-        ]
-        if not active:
-            return super().predict_noise(x, timestep, model_options, seed)
-        return super().predict_noise(x, timestep, self._mixing(active, model_options), seed)
-
-    def _mixing(self, active: list[int], model_options: dict) -> dict:
-        """Options under which the model's [cond, uncond] are the mixtures of the active styles' and the base's."""
-        evaluate = model_options.get("sampler_calc_cond_batch_function") or _evaluate
-        weights, rest = normalise_masks(torch.stack([self._masks[number] for number in active]))
-        parts = list(zip(active, weights.unsqueeze(2)))  # BHW -> B1HW
-        if bool(rest.any()):
-            parts.append((BASE, rest.unsqueeze(1)))
-
-        def mixture(args: dict) -> list[Tensor]:
-            cond, uncond = args["conds"]
-            kinds = (CONDITIONAL,) if uncond is None else (CONDITIONAL, UNCONDITIONAL)
-            plan = [(style, kind) for kind in kinds for style, _ in parts]
-            conds = [
-                uncond if kind == UNCONDITIONAL else cond if style == BASE else self.conds[_cond_name(style)]
-                for style, kind in plan
-            ]
-            options = self._in_rows(plan, args["model_options"])
-            predictions = evaluate({**args, "conds": conds, "model_options": options})
-            mixed = [
-                mix_predictions([(predictions[plan.index((style, kind))], weight.to(predictions[0])) for style, weight in parts])
-                for kind in kinds
-            ]
-            return mixed if len(mixed) == 2 else [*mixed, torch.zeros_like(mixed[0])]
-
-        return {**model_options, "sampler_calc_cond_batch_function": mixture}
-
-    def _in_rows(self, plan: list[tuple[int, int]], model_options: dict) -> dict:
-        """Options whose forwards give each row its style, and show other patches plain conditional and unconditional rows."""
-
-        def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
-            chunks = transformer_options["cond_or_uncond"]
-            size = x.shape[0] // len(chunks)
-            rows = tuple(plan[chunk][0] for chunk in chunks for _ in range(size))
-            seen = {**transformer_options, "cond_or_uncond": [plan[chunk][1] for chunk in chunks], STYLE_ROWS: rows}
-            with self._batch.running(rows):
-                return executor(x, t, c_concat, c_crossattn, control, seen, **kwargs)
-
-        options = model_options.get("transformer_options", {})
-        wrappers = options.get("wrappers", {})
-        outermost = {"pastiche_multistyle": [apply_model], **wrappers.get(WrappersMP.APPLY_MODEL, {})}
-        options = {**options, "wrappers": {**wrappers, WrappersMP.APPLY_MODEL: outermost}}
-        return {**model_options, "transformer_options": options}
-
-
-def _cond_name(number: int) -> str:
-    return f"pastiche_style_{number}"
-
-
-def _evaluate(args: dict) -> list[Tensor]:
-    return comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], args["model_options"])
 
 
 def lora_names() -> list[str]:

@@ -98,14 +98,20 @@ class BatchedStyles:
         finally:
             self._rows = ()
 
+    def _rows_of(self, count: int) -> tuple[int, ...]:
+        """The style of each of a layer's `count` rows, which patches may have folded frames into, repeated or tiled."""
+        if self._rows.count(self._rows[0]) == len(self._rows):
+            return self._rows[:1] * count
+        repeat, odd = divmod(count, len(self._rows))
+        if odd:
+            raise ValueError(f"A layer got {count} rows for a batch of {len(self._rows)}: its LoRA rows are unknown.")
+        return self._rows if repeat == 1 else tuple(row for row in self._rows for _ in range(repeat))
+
     def _hook(self, updates: list):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             if not self._rows:
                 return output
-            repeat, odd = divmod(args[0].shape[0], len(self._rows))  # video models fold frames into the batch
-            if odd:
-                raise ValueError(f"A layer got {args[0].shape[0]} rows for a batch of {len(self._rows)}: its LoRA rows are unknown.")
-            rows = self._rows if repeat == 1 else tuple(row for row in self._rows for _ in range(repeat))
+            rows = self._rows_of(args[0].shape[0])
             for update in updates:
                 output = update(args[0], output, rows)
             return output

@@ -1,0 +1,153 @@
+"""Other nodes on a MODEL: core's own, and small patches of ours with the shape of other packs'.
+
+Each takes a MODEL and returns a patched clone.
+"""
+
+from contextlib import contextmanager
+
+import comfy.model_patcher
+import comfy.samplers
+import torch
+import torch.nn.functional as F
+
+
+def pag(model, scale=3.0):
+    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+
+    return PerturbedAttentionGuidance.execute(model, scale).result[0]
+
+
+def sag(model, scale=0.8):
+    from comfy_extras.nodes_sag import SelfAttentionGuidance
+
+    return SelfAttentionGuidance.execute(model, scale, 2.0).result[0]
+
+
+def nag(model, scale=3.0):
+    from comfy_extras.nodes_nag import NAGuidance
+
+    return NAGuidance.execute(model, scale, 0.5, 1.5).result[0]
+
+
+def blurred_queries(model, scale=20.0):
+    """Smoothed energy guidance's shape: an extra pass whose middle attention has averaged queries, told by chunk."""
+
+    def average(q, k, v, options):
+        chunks = options["cond_or_uncond"]
+        parts = list(q.chunk(len(chunks)))
+        parts = [part.mean(1, keepdim=True).expand_as(part) if kind == 0 else part for part, kind in zip(parts, chunks)]
+        return explicit_attention(torch.cat(parts), k, v, options["n_heads"])
+
+    def after(args):
+        options = comfy.model_patcher.set_model_options_patch_replace(args["model_options"].copy(), average, "attn1", "middle", 0)
+        (blurred,) = comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)
+        return args["denoised"] + scale * (args["cond_denoised"] - blurred)
+
+    patched = model.clone()
+    patched.set_model_sampler_post_cfg_function(after)
+    return patched
+
+
+def perturbed_tokens(model, scale=2.0):
+    """Token perturbation guidance's shape: both conditions again, tokens reversed before one block's attention."""
+
+    def reverse(n, context, value, options):
+        return n, context.flip(1)[:, : context.shape[1] // 2], value.flip(1)[:, : value.shape[1] // 2]
+
+    def after(args):
+        options = comfy.model_patcher.create_model_options_clone(args["model_options"])
+        patches = options["transformer_options"].setdefault("patches", {})
+        patches["attn1_patch"] = [*patches.get("attn1_patch", []), reverse]
+        cond, uncond = comfy.samplers.calc_cond_batch(args["model"], [args["cond"], args["uncond"]], args["input"], args["sigma"], options)
+        return args["denoised"] + scale * (args["cond_denoised"] - cond) - 0.5 * scale * (args["uncond_denoised"] - uncond)
+
+    patched = model.clone()
+    patched.set_model_sampler_post_cfg_function(after)
+    return patched
+
+
+def tiled(model, tile=8):
+    """Tiled diffusion's shape: the latent is cut along H, tiles run as one tile-major batch, overlaps are averaged."""
+
+    def wrapper(apply_model, args):
+        x, t, c = args["input"], args["timestep"], args["c"]
+        starts = [*range(0, x.shape[-2] - tile, tile // 2), x.shape[-2] - tile]
+        pieces = torch.cat([x[..., start : start + tile, :] for start in starts])
+        repeated = {}
+        for name, value in c.items():
+            batched = torch.is_tensor(value) and value.shape[0] == x.shape[0]
+            repeated[name] = value.repeat(len(starts), *[1] * (value.ndim - 1)) if batched else value
+        out = apply_model(pieces, t.repeat(len(starts)), **repeated).chunk(len(starts))
+        total, count = torch.zeros_like(x), torch.zeros_like(x)
+        for start, piece in zip(starts, out):
+            total[..., start : start + tile, :] += piece
+            count[..., start : start + tile, :] += 1
+        return total / count
+
+    patched = model.clone()
+    patched.set_model_unet_function_wrapper(wrapper)
+    return patched
+
+
+def couple(model, contexts):
+    """Attention couple's shape: conditional queries are repeated for each region's context before attn2 and mixed after."""
+    regions = 1 + len(contexts)
+
+    def before(q, k, v, options):
+        kinds = options["cond_or_uncond"]
+        queries, keys = [], []
+        for kind, own, text in zip(kinds, q.chunk(len(kinds)), k.chunk(len(kinds))):
+            queries.append(own if kind == 1 else own.repeat(regions, 1, 1))
+            others = [context.to(k).expand(own.shape[0], -1, -1) for context in contexts]
+            keys.append(text if kind == 1 else torch.cat([text, *others]))
+        return torch.cat(queries), torch.cat(keys), torch.cat(keys)
+
+    def after(out, options):
+        kinds, position, mixed = options["cond_or_uncond"], 0, []
+        rows = sum(1 if kind == 1 else regions for kind in kinds)
+        batch = out.shape[0] // rows
+        for kind in kinds:
+            count = 1 if kind == 1 else regions
+            chunk = out[position : position + count * batch]
+            mixed.append(chunk.unflatten(0, (count, batch)).mean(0))
+            position += count * batch
+        return torch.cat(mixed)
+
+    patched = model.clone()
+    patched.set_model_attn2_patch(before)
+    patched.set_model_attn2_output_patch(after)
+    return patched
+
+
+@contextmanager
+def sliding_windows(windows):
+    """AnimateDiff-Evolved's shape: its own sampling function, which never asks for a calc_cond_batch function of the
+    options and evaluates windows of the batch; windows: lists of frames that cover it."""
+
+    def sampling_function(model, x, timestep, uncond, cond, cond_scale, model_options={}, seed=None):
+        options = comfy.model_patcher.create_model_options_clone(model_options)
+        shared = options.setdefault("transformer_options", {}).setdefault("ad_params", {})
+        totals, counts = [torch.zeros_like(x), torch.zeros_like(x)], torch.zeros_like(x)
+        for frames in windows:
+            shared["sub_idxs"] = frames
+            copies = [[dict(entry) for entry in condition] for condition in (cond, uncond)]
+            parts = comfy.samplers.calc_cond_batch(model, copies, x[frames], timestep[frames], options)
+            for total, part in zip(totals, parts):
+                total[frames] += part
+            counts[frames] += 1
+        return comfy.samplers.cfg_function(
+            model, totals[0] / counts, totals[1] / counts, cond_scale, x, timestep, model_options=options, cond=cond, uncond=uncond
+        )
+
+    original, comfy.samplers.sampling_function = comfy.samplers.sampling_function, sampling_function
+    try:
+        yield
+    finally:
+        comfy.samplers.sampling_function = original
+
+
+def explicit_attention(q, k, v, heads):
+    """(B, T, C) softmax attention written out."""
+    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    weights = F.softmax(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5, dim=-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
