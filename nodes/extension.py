@@ -1,5 +1,7 @@
 """The pack's one ComfyExtension: a literal list of its nodes."""
 
+from __future__ import annotations
+
 from comfy_api.latest import ComfyExtension, io
 
 from .fastsam import FastSAMPrompt, LoadFastSAM

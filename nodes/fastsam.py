@@ -1,5 +1,7 @@
 """FastSAM nodes (Zhao et al. 2023): masks by points, boxes, text or all at once."""
 
+from __future__ import annotations
+
 from comfy_api.latest import io
 
 from .algorithms.prompts import parse_boxes, parse_points

@@ -1,5 +1,7 @@
 """Feature Injection node: the content's structure in a styled model's pass."""
 
+from __future__ import annotations
+
 from comfy_api.latest import io
 
 from .host.injections.content import MODES, inject_features

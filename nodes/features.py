@@ -1,5 +1,7 @@
 """Feature nodes: capture what the U-Net computed along a trajectory, and keep it on disk."""
 
+from __future__ import annotations
+
 from comfy_api.latest import io
 
 from .host.features.capture import MEMORY, PRECISION, capture

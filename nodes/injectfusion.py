@@ -1,5 +1,7 @@
 """InjectFusion nodes: content injection in h-space, and the sampler that goes with it."""
 
+from __future__ import annotations
+
 from comfy_api.latest import io
 
 from .algorithms.injectfusion import SCHEDULES

@@ -1,5 +1,7 @@
 """Inversion nodes: from an image's latent to the noise that reproduces it, and the proof that it does."""
 
+from __future__ import annotations
+
 from comfy_api.latest import io, ui
 
 from .host.features.capture import MEMORY, PRECISION

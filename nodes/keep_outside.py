@@ -1,5 +1,7 @@
 """Keep Outside Mask node: style inside a mask, the untouched content elsewhere."""
 
+from __future__ import annotations
+
 from comfy_api.latest import io
 
 from .host.injections.keep_outside import keep_content_outside

@@ -1,5 +1,7 @@
 """The node of the embedded demo models."""
 
+from __future__ import annotations
+
 from comfy_api.latest import io
 
 from .host.networks.mini import ARCHITECTURES, KINDS, load_mini

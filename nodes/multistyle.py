@@ -1,5 +1,7 @@
 """Several styles in one picture: entries and the guider that mixes them."""
 
+from __future__ import annotations
+
 from comfy_api.latest import io
 
 from .host.multistyle.guider import lora_names, multi_style_guider, style_entry

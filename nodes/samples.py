@@ -1,5 +1,7 @@
 """The node of the sample pictures."""
 
+from __future__ import annotations
+
 from comfy_api.latest import io
 
 from .host.samples import SAMPLES, load_sample

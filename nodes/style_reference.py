@@ -1,5 +1,7 @@
 """Style Reference: a style picture's rows run beside the sample and lend it their keys and values, on any MODEL."""
 
+from __future__ import annotations
+
 import logging
 
 from comfy_api.latest import io

@@ -1,5 +1,7 @@
 """StyleID nodes (Chung, Hyun, Heo 2024): latent AdaIN and style injection."""
 
+from __future__ import annotations
+
 from comfy_api.latest import io
 
 from .host.trajectories.latent_adain import latent_adain, noise_adain

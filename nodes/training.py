@@ -1,5 +1,7 @@
 """Training node: a style LoRA from one image or a few."""
 
+from __future__ import annotations
+
 from comfy_api.latest import io, ui
 
 from .algorithms.lora import TARGETS

@@ -1,5 +1,7 @@
 """Loads unconditional pixel-space diffusion models."""
 
+from __future__ import annotations
+
 from comfy_api.latest import io
 
 from .host.networks.unconditional import DTYPES, list_folders, load_unconditional

@@ -1,5 +1,7 @@
 """Nodes that draw features: what a layer sees, and where a query looks in the style."""
 
+from __future__ import annotations
+
 from comfy_api.latest import io, ui
 
 from .host.features.views import feature_pca, style_similarity

@@ -3,6 +3,8 @@
 A MASK is float, (B, H, W), 0 outside and 1 inside; values between are soft edges.
 """
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

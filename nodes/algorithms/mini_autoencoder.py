@@ -1,4 +1,6 @@
 """The mini model's autoencoder: a linear patch transform and a learned decoder that hides its seams."""
+
+from __future__ import annotations
 import torch
 from torch import nn
 

@@ -1,5 +1,7 @@
 """Pictures of segmentations: tinted objects with contours and numbers, and flat label maps."""
 
+from __future__ import annotations
+
 import colorsys
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -7,6 +7,8 @@ Accepted boxes: [{"x", "y", "width", "height"}], [[x1, y1, x2, y2]], {"x1", ...,
 `size` names the image that the coordinates were picked on; others are scaled to fit.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from dataclasses import dataclass

@@ -4,6 +4,8 @@ Source: Zhao et al., Fast Segment Anything, arXiv 2306.12156, section 3.3 (point
 Bolya et al., YOLACT, arXiv 1904.02689, equation 1 (masks from prototypes).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch

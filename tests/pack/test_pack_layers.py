@@ -112,6 +112,24 @@ def test_algorithms_need_only_torch():
             assert level or top == "torch" or top in STANDARD_LIBRARY, f"{path.name}:{line} imports {module}"
 
 
+def test_one_dialect():
+    """Annotations are never evaluated, and log lines go to the root logger, as ComfyUI's own do."""
+    for path in SOURCES:
+        text = path.read_text()
+        assert not text.strip() or "from __future__ import annotations" in text, f"{path.relative_to(ROOT)} lacks the __future__ import"
+        assert "getLogger(" not in text, f"{path.relative_to(ROOT)}: logging.info(\"Pastiche: ...\") and the like"
+
+
+def test_class_names_are_of_one_floor():
+    """The node and what host does for it are two things: a name on both floors would be a trap."""
+    names: dict[str, set[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                names.setdefault(node.name, set()).add(layer(path))
+    assert [name for name, floors in names.items() if {"nodes", "host"} <= floors] == []
+
+
 def test_files_stay_short():
     long = {path.name: count for path in SOURCES if (count := len(path.read_text().splitlines())) > 400}
     assert not long

@@ -13,6 +13,8 @@ Tensors: `model.<0..21>.*` backbone and neck, `model.22.cv2.<0..2>.*` boxes (64 
 Source: Zhao et al., Fast Segment Anything, arXiv 2306.12156.
 """
 
+from __future__ import annotations
+
 import copy
 import math
 import os

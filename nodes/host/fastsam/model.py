@@ -1,5 +1,7 @@
 """FastSAM in ComfyUI: where its files are, and segmentation of images with a cache."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 from collections import OrderedDict

@@ -3,6 +3,8 @@
 Both are optional packages and imported here, when a model is loaded, not before.
 """
 
+from __future__ import annotations
+
 import contextlib
 import io
 import os

@@ -1,5 +1,7 @@
 """What the picker in the browser shows after a run: the image, and the mask as a see-through picture."""
 
+from __future__ import annotations
+
 from comfy_api.latest import io, ui
 
 from ...algorithms.overlay import tint

@@ -1,5 +1,7 @@
 """From prompts to masks: segments each image of a batch, chooses objects, finishes the masks."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +21,6 @@ from .text import PairEncoder, choose_by_text
 AUTO, EVERYTHING, POINTS, BOXES, TEXT = "auto", "everything", "points", "boxes", "text"
 RANKS = {"largest": "largest", "most confident": "confident", "most central": "central"}
 MODES = [AUTO, EVERYTHING, POINTS, BOXES, TEXT, *RANKS]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def prompt_masks(
         segments = fastsam.segment(image, resolution, confidence, overlap)
         chosen, removed = choose(segments, image, number, prompt, encoder)
         if not chosen:
-            log.info("FastSAM found %d objects in image %d; none fits the prompt, its mask is empty.", len(segments), number)
+            logging.info("Pastiche: FastSAM found %d objects in image %d; none fits the prompt, its mask is empty.", len(segments), number)
         parts = _finish(_objects(segments, chosen, removed), finish)
         masks.append(parts)
         layers = paint_layers((render_masks(segments, [i])[0] for i in range(len(segments))), segments.height, segments.width)

@@ -1,5 +1,7 @@
 """Text prompts: a CLIP of the user's choice embeds the objects' crops and the phrases."""
 
+from __future__ import annotations
+
 import json
 import os
 from typing import Protocol

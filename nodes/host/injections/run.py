@@ -11,6 +11,7 @@ import comfy.patcher_extension
 import comfy.samplers
 import comfy.sampler_helpers
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...sockets import FeatureBank, FeatureKey
 from ..features.capture import feature_shapes, record, storage_dtype
@@ -28,7 +29,7 @@ class SamplingRun:
     Patches find it through `current_run(extra_options)` and ask `feature(...)`.
     """
 
-    def __init__(self, guider: Any):
+    def __init__(self, guider: comfy.samplers.CFGGuider):
         self._guider = guider
         self._banks: dict[int, _BankReader] = {}
         self._memo: dict[Any, Any] = {}
@@ -113,7 +114,7 @@ class _BankReader:
         self._conds: list | None = None
         self._warned = False
 
-    def prepare(self, guider: Any) -> None:
+    def prepare(self, guider: comfy.samplers.CFGGuider) -> None:
         """Features of a MODEL with other weights than the sampled one cannot be made beside it without swapping
         weights at every step: they are made once now, for this run only."""
         bank = self.bank
@@ -128,7 +129,7 @@ class _BankReader:
         record(bank.model, bank.trajectory, self.keys, store.write)
         self._store = store
 
-    def advance(self, guider: Any, sigma: float) -> None:
+    def advance(self, guider: comfy.samplers.CFGGuider, sigma: float) -> None:
         step = self._nearest(sigma)
         if step == self._step:
             return
@@ -137,7 +138,7 @@ class _BankReader:
         if self._store is None:
             self._recompute(guider)
 
-    def read(self, guider: Any, key: FeatureKey, sigma: float, like: torch.Tensor) -> torch.Tensor:
+    def read(self, guider: comfy.samplers.CFGGuider, key: FeatureKey, sigma: float, like: torch.Tensor) -> torch.Tensor:
         self.advance(guider, sigma)
         if key not in self._tensors:
             self._tensors[key] = self._store.read(key, self._step, like.device)
@@ -153,7 +154,7 @@ class _BankReader:
             logging.info("Pastiche: no features at sigma %.4f; using the nearest captured step (%.4f).", sigma, found)
         return step
 
-    def _recompute(self, guider: Any) -> None:
+    def _recompute(self, guider: comfy.samplers.CFGGuider) -> None:
         """Runs the reference latent of this step through the model being sampled, with the bank's own options."""
         trajectory, model = self.bank.trajectory, self.bank.model
         device = guider.model_patcher.load_device
@@ -175,7 +176,7 @@ class _BankReader:
         comfy.samplers.calc_cond_batch(guider.inner_model, [self._conds], latent, sigma, options)
 
 
-def same_weights(a: Any, b: Any) -> bool:
+def same_weights(a: ModelPatcher, b: ModelPatcher) -> bool:
     """Whether two MODELs share their weights and weight patches, so that one may run for the other."""
     return a.model is b.model and a.patches_uuid == b.patches_uuid and a.injections.keys() == b.injections.keys()
 

@@ -6,13 +6,14 @@ import hashlib
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...sockets import Fingerprint
 
 SAMPLES = 8  # values read of each tensor: enough to tell any two trained models apart, cheap on any device
 
 
-def fingerprint(model: Any) -> Fingerprint:
+def fingerprint(model: ModelPatcher) -> Fingerprint:
     """Digests of the U-Net's own weights and of the weight patches (LoRAs) on this MODEL."""
     weights = hashlib.sha256(type(model.model.model_sampling).__mro__[1].__name__.encode())
     weights.update(str([base.__name__ for base in type(model.model.model_sampling).__bases__]).encode())

@@ -9,6 +9,7 @@ from typing import Any, Callable, Iterable
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from .unet_hidden import HiddenPatch
 class UNet(NetworkAdapter):
     """One U-Net. `family` is the word used in messages; `scale` maps a place to its downsampling steps."""
 
-    model: Any  # the BaseModel
+    model: BaseModel
     family: str
     attention: dict[Place, list[Any]]  # BasicTransformerBlocks, by depth
     residual: dict[Place, Any]  # ResBlocks
