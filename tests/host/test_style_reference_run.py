@@ -1,19 +1,23 @@
 """Style Reference: the attention it computes, its agreement with Style Injection, and what it refuses."""
 
 import math
-from dataclasses import replace
 
 import comfy.ldm.modules.attention as attention
+import comfy.sample
+import comfy.samplers
 import pytest
 import torch
+from pastiche.nodes.algorithms.references import RotaryLayout
 from pastiche.nodes.host.features.capture import capture
 from pastiche.nodes.host.injections.schedule import SigmaRange
 from pastiche.nodes.host.injections.style import inject_style
 from pastiche.nodes.host.references.install import parse_weights, references_of, style_reference
 from pastiche.nodes.host.references.layout import Call, Layout
 from pastiche.nodes.host.references.rows import lengthen, own_conditions, without_control
+from pastiche.nodes.host.references.run import KEY, chosen_calls
 from pastiche.nodes.host.references.settings import Cures, Reference
 from pastiche.nodes.host.references.sharing import Part, Sharing
+from pastiche.nodes.host.references.sources import seeded_noise
 from pastiche.nodes.host.trajectories.inversion import invert
 from support.families import family_cond, family_latent, tiny_model
 from support.models import tiny_cond, tiny_unet
@@ -265,3 +269,65 @@ def test_a_failing_run_leaves_nothing_behind():
     with pytest.raises(RuntimeError, match="stopped"):
         sample(patched, random_latent(seed=1), schedule(model, 2), tiny_cond(model))
     assert patched.model_options["transformer_options"] == {}
+
+
+def test_a_guider_is_left_as_it_was_and_asked_for_the_memory_of_all_rows():
+    model, shapes, seen = tiny_unet(), [], []
+    patched = style_reference(model, {"samples": random_latent(batch=2)}, None, None, **SETTINGS)
+
+    def prepare(executor, model, noise_shape, *args, **kwargs):
+        shapes.append(tuple(noise_shape))
+        return executor(model, noise_shape, *args, **kwargs)
+
+    def rows(executor, x, t, c_concat, c_crossattn, control, options, **kwargs):
+        seen.append((x.shape[0], len(options["cond_or_uncond"]), len(options["uuids"])))
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    patched.add_wrapper_with_key("prepare_sampling", "test", prepare)
+    patched.add_wrapper_with_key("apply_model", "test", rows)
+    guider = comfy.samplers.CFGGuider(patched)
+    guider.set_conds(tiny_cond(model), tiny_cond(model, seed=1))
+    guider.set_cfg(3.0)
+    noise = random_latent(batch=2)
+    guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), schedule(model, 2), disable_pbar=True)
+    assert shapes == [(6, 4, 8, 8)]  # two samples, each with two styles
+    assert seen[0] == (4, 2, 2) and set(seen[1:]) == {(12, 6, 6)}
+    assert KEY not in guider.model_options["transformer_options"]
+
+
+def test_every_sample_has_its_own_mask_under_guidance():
+    model, sigmas, positive, noise, content, style = unet_scene()
+    both = torch.cat([noise, noise])
+    mask = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])
+    negative = tiny_cond(model, seed=5)
+    out = sample(style_reference(model, None, style, None, **SETTINGS, mask=mask), both, sigmas, positive, negative, cfg=3.0)
+    styled = sample(style_reference(model, None, style, None, **SETTINGS), both, sigmas, positive, negative, cfg=3.0)
+    plain = sample(model, both, sigmas, positive, negative, cfg=3.0)
+    assert (out[:1] - styled[:1]).abs().max() <= 1e-4 * plain.std()
+    assert (out[1:] - plain[1:]).abs().max() <= 1e-4 * plain.std()
+
+
+def test_the_references_noise_is_not_the_samplers():
+    ours, cores = seeded_noise((4, 8, 8), 7), comfy.sample.prepare_noise(torch.zeros(1, 4, 8, 8), 7)
+    assert torch.equal(ours, seeded_noise((4, 8, 8), 7)) and (ours - cores).abs().mean() > 0.5
+
+
+def test_auto_layers_are_the_last_two_thirds_of_the_image_calls():
+    calls = tuple(Call(10, None if index in (0, 4) else (0, 10)) for index in range(11))  # 9 about the picture
+    assert chosen_calls(a_reference(), Layout(calls)) == {5, 6, 7, 8, 9, 10}
+    assert chosen_calls(a_reference(layers=frozenset({0, 8})), Layout(calls)) == {1, 10}
+
+
+def test_keys_are_scaled_untwisted_and_moved_one_picture_aside():
+    rotary = RotaryLayout((0, 2, 2), (1.0, 1.0, 1.0), True)
+    cures = Cures(key_scale=2.0, untwist_high=0.5, untwist_low=3.0, position_shift=1.0)
+    reference = a_reference(cures=cures, rotary=rotary)
+    sharing = Sharing(Layout(()), [], 1, (4, 8), True, [0], 0.5, None, None)
+    key = torch.ones(1, 1, PICTURE, 4)
+    height, width = sharing._cured(reference, key, SPAN, 4, 2)[0, 0, 0].view(2, 2)
+    # one pair a direction: u = 0, so all of them take untwist_high; 4 token columns turn by 4 radians
+    assert torch.allclose(height, torch.tensor([1.0, 1.0]))
+    assert torch.allclose(width, torch.tensor([math.cos(4) - math.sin(4), math.sin(4) + math.cos(4)]), atol=1e-6)
+    coarse = Cures(untwist_low=3.0)
+    low = sharing._cured(a_reference(cures=coarse, rotary=RotaryLayout((4, 0, 0), (1.0,) * 3, True)), key, SPAN, 4, 2)
+    assert torch.allclose(low, 2 * key)  # half way through the sampling, half of the way from 1 to 3
