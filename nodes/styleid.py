@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .algorithms.references import SCHEDULES
 from .host.trajectories.latent_adain import latent_adain, noise_adain
 from .host.trajectories.noise import latent_output, no_output
 from .host.injections.style import inject_style
@@ -109,6 +110,14 @@ class StyleInjection(io.ComfyNode):
                 io.Float.Input(
                     "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="Share of the schedule at which injection ends."
                 ),
+                io.Float.Input(
+                    "gamma_end", default=0.375, min=0.0, max=1.0, step=0.01, advanced=True,
+                    tooltip="gamma at the last step, when schedule is not constant: structure first, style later.",
+                ),
+                io.Combo.Input(
+                    "schedule", options=list(SCHEDULES), default="constant", advanced=True,
+                    tooltip="How gamma goes to gamma_end along the sampling steps; constant is StyleID.",
+                ),
                 io.Mask.Input(
                     "mask", optional=True, tooltip="Restyle only here, softly; computes the attention twice. One mask, or one for each sample."
                 ),
@@ -119,8 +128,10 @@ class StyleInjection(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, style, content=None, gamma=0.75, temperature=1.5, strength=1.0, layers="auto",
-        start_percent=0.0, end_percent=1.0, mask=None,
+        start_percent=0.0, end_percent=1.0, mask=None, gamma_end=0.375, schedule="constant",
     ) -> io.NodeOutput:
         return io.NodeOutput(
-            inject_style(model, style, content, gamma, temperature, strength, layers, start_percent, end_percent, mask)
+            inject_style(
+                model, style, content, gamma, temperature, strength, layers, start_percent, end_percent, mask, gamma_end, schedule
+            )
         )

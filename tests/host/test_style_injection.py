@@ -360,3 +360,23 @@ def test_the_level_at_which_a_split_schedule_ends_need_not_be_captured(scene):
     sigmas = torch.cat([scene.sigmas[:2], 0.8 * scene.sigmas[1:2]])
     result = sample(scene.inject(), scene.noise, sigmas, scene.positive)
     assert torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize("streams", ["self_attention", "self_attention_qkv"])
+def test_a_gamma_schedule_is_another_gamma_at_every_step(streams):
+    """Linear from 0.9 to 0.1 over three steps: three injections of constant gamma, each in one step's range."""
+    scene = Scene(steps=3, streams=streams)
+    sampling = scene.model.get_model_object("model_sampling")
+    middles = [(a + b) / 2 for a, b in zip(scene.sigmas[:-1], scene.sigmas[1:])]
+    ends = [0.0, *(1 - float(sampling.timestep(sigma)) / 999 for sigma in middles[:2]), 1.0]
+    chained = scene.model
+    for gamma, start, end in zip((0.9, 0.5, 0.1), ends[:3], ends[1:]):
+        chained = inject_style(chained, scene.style, scene.content, gamma, 1.5, 1.0, scene.layers, start, end, None)
+    expected = scene.sample(chained)
+    assert close(scene.sample(scene.inject(gamma=0.9, gamma_end=0.1, schedule="linear")), expected, 1e-5)
+    assert not close(scene.sample(scene.inject(gamma=0.9)), expected, 1e-3)
+
+
+def test_a_schedule_to_the_same_gamma_is_the_constant_one_bit_for_bit(scene):
+    assert torch.equal(scene.sample(scene.inject(gamma_end=0.75, schedule="linear")), scene.sample(scene.inject()))
+    assert torch.equal(scene.sample(scene.inject(gamma_end=0.1, schedule="constant")), scene.sample(scene.inject()))

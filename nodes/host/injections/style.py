@@ -8,6 +8,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...algorithms.masks import resize_mask
+from ...algorithms.references import sampling_progress, scheduled
 from ...algorithms.styleid import blend, injected_query
 from ...sockets import FeatureBank, FeatureKey
 from ..networks.adapter import Attended, NetworkAdapter, Place, Replacement, Slot
@@ -43,7 +44,10 @@ class StylePatches(Injection):
         strength: float,
         mask: torch.Tensor | None,
         sigmas: SigmaRange,
+        gamma_end: float = 0.0,
+        schedule: str = "constant",
     ):
+        self.gamma_end, self.schedule = gamma_end, schedule
         self.style, self.content, self.places, self.slots = style, content, places, adapter.slots(places)
         self.gamma, self.temperature, self.strength = gamma, temperature, strength
         self.mask, self.sigmas = mask, sigmas
@@ -89,20 +93,26 @@ class StylePatches(Injection):
         key = FeatureKey(stream, *options["block"], options["block_index"])
         return rows_of(run.feature(bank, key, current_sigma(options), like), like.shape[0], options)
 
-    def _query(self, query: torch.Tensor, content: torch.Tensor | None) -> torch.Tensor:
+    def _query(self, run: SamplingRun, query: torch.Tensor, content: torch.Tensor | None, options: dict) -> torch.Tensor:
         if content is not None and content.shape != query.shape:
             raise ValueError(
                 f"content: the sampler asks for {query.shape[1]} tokens, the content's features have {content.shape[1]}. "
                 "Conditions with an area cannot be combined with query preservation: use masks, or leave content out."
             )
-        return injected_query(query, content, self.gamma, self.temperature)
+        return injected_query(query, content, self._gamma(run, options), self.temperature)
+
+    def _gamma(self, run: SamplingRun, options: dict) -> float:
+        if self.schedule == "constant":
+            return self.gamma
+        levels = run.memo("sample_sigmas", lambda: options["sample_sigmas"].tolist())
+        return scheduled(self.gamma, self.gamma_end, sampling_progress(current_sigma(options), levels), self.schedule)
 
     def change_hidden(self, own: torch.Tensor, inputs: Attended, options: dict) -> Replacement | None:
         run = self._run(options)
         if run is None:
             return None
         style = self._feature(run, self.style, "self_attention", options, own)
-        query = self._query(own, self._feature(run, self.content, "self_attention", options, own))
+        query = self._query(run, own, self._feature(run, self.content, "self_attention", options, own), options)
         return Replacement(Attended(query, style, style), self._weight(run, own, options) if self.blends else None)
 
     def attn1_replace(self, slot: Slot, attend: Attend) -> Attend:
@@ -113,7 +123,7 @@ class StylePatches(Injection):
             if run is None or options.get(STYLED):
                 return attend(q, k, v, options)
             styled = attend(
-                self._query(q, self._feature(run, self.content, "self_attention_q", options, q)),
+                self._query(run, q, self._feature(run, self.content, "self_attention_q", options, q), options),
                 self._feature(run, self.style, "self_attention_k", options, k),
                 self._feature(run, self.style, "self_attention_v", options, v),
                 {**options, STYLED: True},
@@ -144,14 +154,16 @@ def inject_style(
     start_percent: float,
     end_percent: float,
     mask: torch.Tensor | None,
+    gamma_end: float = 0.0,
+    schedule: str = "constant",
 ) -> ModelPatcher:
     """`model` with StyleID's injection (methods: K and V of the style, Q mixed with the content's, temperature).
 
-    start_percent, end_percent: share of the schedule, 0..1. mask: (B or 1, H, W) or (H, W) in pixels of any size.
+    schedule: how gamma goes to gamma_end along the sampling steps; "constant" leaves it as it is. start_percent, end_percent: share of the schedule, 0..1. mask: (B or 1, H, W) or (H, W) in pixels of any size.
     Returns an unpatched clone where nothing would change. Raises ValueError where the features do not fit.
     """
     adapter = find_adapter(model)
     sigmas = sigma_range(model.get_model_object("model_sampling"), start_percent, end_percent)
     return StylePatches(
-        adapter, style, content, adapter.places(layers), gamma, temperature, strength, mask, sigmas
+        adapter, style, content, adapter.places(layers), gamma, temperature, strength, mask, sigmas, gamma_end, schedule
     ).install(model)
