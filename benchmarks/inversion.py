@@ -6,6 +6,7 @@
 import argparse
 import time
 from pathlib import Path
+from statistics import mean
 
 import setup_host
 import torch
@@ -15,7 +16,9 @@ from pastiche.nodes.host.networks.mini import load_mini
 from report import CONTENTS, add_outputs, pictures, publish
 from support.sampling import schedule
 
-RUNS = (("current", 50, 0), ("next", 20, 0), ("next", 50, 0), ("fixed_point", 20, 1), ("fixed_point", 20, 3), ("fixed_point", 20, 5))
+# scheme, steps, tolerance of fixed_point
+RUNS = (("current", 50, None), ("next", 20, None), ("next", 50, None), ("midpoint", 20, None), ("predicted", 10, None),
+        ("predicted", 20, None), ("fixed_point", 20, 1e-3), ("fixed_point", 20, 1e-4))
 
 
 def main():
@@ -26,32 +29,43 @@ def main():
     add_outputs(parser)
     options = parser.parse_args()
     model, vae, kinds = load_mini()
-    heads = [f"{scheme} {steps}" + (f" x{iterations}" if iterations else "") for scheme, steps, iterations in RUNS]
-    lines, totals, seconds = [], [0.0] * len(RUNS), [0.0] * len(RUNS)
+    counted = 0
+
+    def count(apply_model, args):
+        nonlocal counted
+        counted += args["input"].shape[0]
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(count)
     images, _ = pictures(options.assets, options.size, options.photos)
-    for name, image in zip(CONTENTS, images.movedim(1, -1)):  # BCHW -> BHWC
+    quality, evaluations, seconds = ([[] for _ in RUNS] for _ in range(3))
+    for image in images.movedim(1, -1):  # BCHW -> BHWC
         latent = vae.encode(image[None])
         target = vae.decode(latent).cpu()
-        values = []
-        for i, (scheme, steps, iterations) in enumerate(RUNS):
-            started = time.perf_counter()
-            _, trajectory = invert(model, {"samples": latent}, schedule(model, steps), kinds["empty"], scheme, iterations)
-            seconds[i] += time.perf_counter() - started
-            values.append(psnr(vae.decode(reconstruct(model, trajectory)).cpu(), target, 1.0))
-            totals[i] += values[-1]
-        lines.append(f"| {name.split('.')[0]} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
-        print(lines[-1], flush=True)
+        for i, (scheme, steps, tolerance) in enumerate(RUNS):
+            settings = {} if tolerance is None else {"tolerance": tolerance}
+            counted, started = 0, time.process_time()
+            _, trajectory = invert(model, {"samples": latent}, schedule(model, steps), kinds["empty"], scheme, **settings)
+            seconds[i].append(time.process_time() - started)
+            evaluations[i].append(counted)
+            quality[i].append(psnr(vae.decode(reconstruct(model, trajectory)).cpu(), target, 1.0))
+            print(scheme, steps, tolerance, evaluations[i][-1], f"{quality[i][-1]:.1f} dB", flush=True)
     text = [
         f"# Inversion round trip, mini model, {options.size} px",
         "",
-        f"PSNR in dB against the VAE's decode; scheme, steps, x fixed-point iterations. {setup_host.hardware()}.",
+        "PSNR in dB of what core's euler sampler makes of the NOISE, against the VAE's decode; the inversion's network evaluations "
+        f"and CPU seconds are means. {setup_host.hardware()}.",
         "",
-        "| photo | " + " | ".join(heads) + " |",
-        "|---|" + "---|" * len(RUNS),
-        *lines,
-        "| **mean** | " + " | ".join(f"**{total / options.photos:.1f}**" for total in totals) + " |",
-        "| inversion, s | " + " | ".join(f"{value / options.photos:.1f}" for value in seconds) + " |",
+        "| scheme | steps | evaluations | CPU, s | " + " | ".join(name.split(".")[0] for name in CONTENTS[: options.photos]) + " | **mean** |",
+        "|---|---|---|---|" + "---|" * (options.photos + 1),
     ]
+    for (scheme, steps, tolerance), dB, counts, spent in zip(RUNS, quality, evaluations, seconds):
+        name = scheme if tolerance is None else f"{scheme}, tolerance {tolerance:.0e}"
+        text.append(
+            f"| {name} | {steps} | {mean(counts):.0f} | {mean(spent):.1f} | " + " | ".join(f"{value:.1f}" for value in dB)
+            + f" | **{mean(dB):.1f}** |"
+        )
     publish(text, options.table)
 
 

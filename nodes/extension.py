@@ -11,7 +11,7 @@ from .host.fastsam.model import register_fastsam_folder
 from .host.features.library import register_folder
 from .host.version import warn_if_too_old
 from .injectfusion import HSpaceSlerp, InjectFusionSampler
-from .inversion import DDIMInversion, InversionReport
+from .inversion import DDIMInversion, InversionReport, MidpointSampler
 from .mini import LoadMini
 from .samples import SamplePicture
 from .multistyle import MultiStyleGuiderNode, StyleEntryNode
@@ -33,6 +33,7 @@ class PasticheExtension(ComfyExtension):
         return [
             DDIMInversion,
             InversionReport,
+            MidpointSampler,
             LatentAdaIN,
             CaptureFeatures,
             SaveFeatures,

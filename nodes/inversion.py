@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 from .host.features.capture import MEMORY, PRECISION
 from .host.features.on_the_way import invert_and_capture
 from .host.trajectories.inversion import DEFAULT_SCHEME, SCHEMES, TOLERANCE, inverted_noise
+from .host.trajectories.midpoint_sampler import midpoint_sampler
 from .host.trajectories.noise import latent_output
 from .host.trajectories.report import inversion_report
 from .sockets import FeaturesSocket, TrajectorySocket
@@ -41,7 +42,7 @@ class DDIMInversion(io.ComfyNode):
                     default=DEFAULT_SCHEME,
                     tooltip="predicted: one evaluation a step, guessed from the step before. fixed_point: goes on until sampling "
                     "undoes each step within the tolerance. next: the entered noise level (diffusers). current: the left one "
-                    "(CompVis). midpoint: second order, for samplers that are too.",
+                    "(CompVis). midpoint: second order, for the Midpoint Sampler.",
                 ),
                 io.Int.Input(
                     "iterations",
@@ -139,7 +140,7 @@ class InversionReport(io.ComfyNode):
             node_id="PasticheInversionReport",
             display_name="Inversion Report",
             category=CATEGORY,
-            description="Samples an inversion back with euler and shows original, reconstruction and amplified difference, with "
+            description="Samples an inversion back (with euler) and shows original, reconstruction and amplified difference, with "
             "the PSNR in latent and pixel space.",
             search_aliases=["reconstruction", "psnr", "inversion quality", "round trip"],
             is_output_node=True,
@@ -156,6 +157,11 @@ class InversionReport(io.ComfyNode):
                     advanced=True,
                     tooltip="How many times the difference is enlarged around grey in the third picture.",
                 ),
+                io.Sampler.Input(
+                    "sampler",
+                    optional=True,
+                    tooltip="What samples back; left out, euler. Midpoint Sampler for the scheme midpoint.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="original | reconstruction | amplified difference"),
@@ -165,8 +171,26 @@ class InversionReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, trajectory, vae, amplify=10.0) -> io.NodeOutput:
-        image, in_latents, in_pixels = inversion_report(model, trajectory, vae, amplify)
+    def execute(cls, model, trajectory, vae, amplify=10.0, sampler=None) -> io.NodeOutput:
+        image, in_latents, in_pixels = inversion_report(model, trajectory, vae, amplify, sampler)
         preview = ui.PreviewImage(image, cls=cls).as_dict()
         preview["text"] = [f"PSNR {in_pixels:.2f} dB in pixels, {in_latents:.2f} dB in latents, {trajectory.steps} steps"]
         return io.NodeOutput(image, in_latents, in_pixels, ui=preview)
+
+
+class MidpointSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PasticheMidpointSampler",
+            display_name="Midpoint Sampler",
+            category=CATEGORY,
+            description="Samples what DDIM Inversion's scheme midpoint inverted: second order, one evaluation a step.",
+            search_aliases=["fireflow", "second order", "flow inversion"],
+            inputs=[],
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustomAdvanced, with DDIM Inversion's NOISE.")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(midpoint_sampler())

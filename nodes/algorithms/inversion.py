@@ -37,7 +37,7 @@ def sample_norm(x: Tensor) -> Tensor:
 class Leg:
     """One step of an inversion, and what a scheme may use for it.
 
-    sigma, sigma_next: scalars, sigma < sigma_next; sigma is 0 in the first step.
+    sigma, sigma_next: scalars, sigma < sigma_next; sigma is 0 in the first step. (A sampler's step goes down.)
     eps:         where the step before evaluated last, its (B, C, ...) noise prediction; None in the first step.
     smallest:    the model's smallest sigma.
     input_scale: c_in(sigma), what the network's own latent is in units of x: z = c_in x (1 for flow models).
@@ -107,8 +107,8 @@ def step_predicted(predict: Predict, x: Tensor, leg: Leg) -> Landing:
 def step_midpoint(predict: Predict, x: Tensor, leg: Leg) -> Landing:
     """x' = x + h eps(x + h/2 eps_prev, s + h/2): second order with one evaluation (FireFlow, arXiv 2412.07517).
 
-    Its inverse is a sampler that walks the same way down, not Euler. The first step takes eps_prev from
-    the latent as it is.
+    Its inverse is a sampler that walks the same way down, not Euler; with sigma_next < sigma this is its step.
+    The first step takes eps_prev from the latent as it is.
     """
     half, middle = leg.step / 2, leg.sigma + leg.step / 2
     eps = leg.eps

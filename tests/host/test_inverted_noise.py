@@ -13,7 +13,7 @@ from comfy_extras.nodes_custom_sampler import (
 )
 from pastiche.nodes.host.trajectories.inversion import invert, inverted_noise, reconstruct
 from pastiche.nodes.host.trajectories.noise import InvertedNoise
-from pastiche.nodes.inversion import DDIMInversion, InversionReport
+from pastiche.nodes.inversion import DDIMInversion, InversionReport, MidpointSampler
 from pastiche.nodes.styleid import LatentAdaIN
 from support.models import tiny_cond, tiny_unet
 from support.sampling import random_latent, schedule
@@ -104,6 +104,43 @@ def test_midpoint_on_a_flow_is_nearer_to_its_ode_than_next(models, positive):
         for scheme in ("midpoint", "next", "predicted")
     }
     assert error["midpoint"] < 0.25 * error["next"] and error["midpoint"] < 0.25 * error["predicted"]
+
+
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+def test_the_midpoint_sampler_undoes_midpoint_to_second_order(models, positive, prediction):
+    model, latent = models[prediction], {"samples": clean((1, 4, 4, 6))}
+    sampler, errors = MidpointSampler.execute().result[0], {}
+    for steps in (16, 32):
+        sigmas = schedule(model, steps, "simple")
+        _, trajectory = invert(model, latent, sigmas, positive, "midpoint")
+        errors[steps] = relative(reconstruct(model, trajectory, sampler), latent["samples"])
+        if steps == 16:
+            assert errors[16] < 0.3 * relative(reconstruct(model, trajectory), latent["samples"])  # than with euler
+    assert errors[32] < errors[16] / 3
+
+
+def test_the_midpoint_sampler_asks_once_a_step_and_stops_on_cancel(models, positive):
+    model, levels = models["flow"].clone(), []
+    inner = model.model_options["model_function_wrapper"]
+
+    def wrapper(apply_model, args):
+        levels.append(float(args["timestep"][0]))
+        if len(levels) == 6:
+            management.interrupt_current_processing()
+        return inner(apply_model, args)
+
+    model.set_model_unet_function_wrapper(wrapper)
+    sigmas = torch.tensor([1.0, 0.5, 0.2, 0.0])
+    noise = InvertedNoise(model, sigmas, torch.randn(1, 4, 4, 6, generator=torch.Generator().manual_seed(0)))
+    for _ in range(2):
+        guider, empty = BasicGuider.execute(model, positive).result[0], {"samples": torch.zeros(1, 4, 4, 6)}
+        if levels:
+            with pytest.raises(management.InterruptProcessingException):
+                SamplerCustomAdvanced.execute(noise, guider, MidpointSampler.execute().result[0], sigmas, empty)
+        else:
+            SamplerCustomAdvanced.execute(noise, guider, MidpointSampler.execute().result[0], sigmas, empty)
+            assert levels == pytest.approx([0.75, 0.75, 0.35, 0.1])
+    assert len(levels) == 6
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "flow"])

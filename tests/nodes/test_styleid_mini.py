@@ -106,7 +106,7 @@ def test_report_shows_three_pictures_and_both_numbers(mini, scene):
 
 @pytest.mark.slow
 def test_round_trip_of_a_photo_that_was_never_trained_on(mini, repository):
-    """256 px against the VAE's own decode: next 50 >= 38 dB, the default fixed point with 20 steps beats it."""
+    """256 px against the VAE's own decode: next 50 >= 38 dB, `predicted` and `fixed_point` with 20 steps beat it."""
     model, vae, empty = mini
     latent = {"samples": vae.encode(picture(repository, "content_coffee.jpg", 256))}
     target = vae.decode(latent["samples"])
@@ -118,7 +118,9 @@ def test_round_trip_of_a_photo_that_was_never_trained_on(mini, repository):
     twenty, fifty = quality("next", 20), quality("next", 50)
     assert fifty >= 38
     assert fifty > twenty
-    assert quality("fixed_point", 20) > fifty
+    predicted = quality("predicted", 20)
+    assert predicted > fifty and predicted >= 45
+    assert quality("fixed_point", 20) > predicted
 
 
 def test_divergence_on_few_steps_falls_back_and_is_logged(mini, scene, caplog):

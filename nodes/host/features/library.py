@@ -129,7 +129,7 @@ def load_bank(name: str, memory: str, model: ModelPatcher) -> FeatureBank:
 def _read_trajectory(store: FileStore) -> Trajectory:
     about, names = store.metadata, store.tensor_names()
     sigmas, latents = (store.tensor(name) for name in TRAJECTORY)
-    if sigmas.ndim != 1 or latents.ndim != 5 or len(sigmas) != len(latents):
+    if sigmas.ndim != 1 or latents.ndim not in (5, 6) or len(sigmas) != len(latents):
         raise ValueError(f"{len(sigmas)} sigmas for latents of shape {tuple(latents.shape)}")
     context = store.tensor(CONTEXT) if CONTEXT in names else None
     extra = {"pooled_output": store.tensor(POOLED)} if POOLED in names else {}

@@ -223,8 +223,8 @@ def inverted_noise(model: Any, trajectory: Trajectory) -> InvertedNoise:
     return InvertedNoise(model, trajectory.schedule, trajectory.latents[-1])
 
 
-def reconstruct(model: Any, trajectory: Trajectory) -> torch.Tensor:
-    """Samples the trajectory back as SamplerCustomAdvanced would: NOISE, an empty latent, euler, no guidance.
+def reconstruct(model: Any, trajectory: Trajectory, sampler: comfy.samplers.Sampler | None = None) -> torch.Tensor:
+    """Samples the trajectory back as SamplerCustomAdvanced would: NOISE, an empty latent, no guidance; None is euler.
 
     Returns the (B, C, ...) clean latent in LATENT space, float32 on the CPU.
     """
@@ -235,7 +235,7 @@ def reconstruct(model: Any, trajectory: Trajectory) -> torch.Tensor:
     return guider.sample(
         inverted_noise(model, trajectory).generate_noise({"samples": latent}),
         latent,
-        comfy.samplers.sampler_object("euler"),
+        sampler or comfy.samplers.sampler_object("euler"),
         trajectory.schedule,
         callback=latent_preview.prepare_callback(model, trajectory.steps),
         disable_pbar=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,7 +80,10 @@ class InvertedNoise:
 def latent_output(noise: InvertedNoise, latent: dict) -> dict | ExecutionBlocker:
     """`latent` as a node's output; where a sampler would lose it, what stops the nodes behind it with the reason."""
     refusal = noise.latent_refusal()
-    return latent if refusal is None else ExecutionBlocker(refusal)
+    if refusal is None:
+        return latent
+    logging.info("Pastiche: the latent output is closed. %s", refusal)
+    return ExecutionBlocker(refusal)
 
 
 def no_output(reason: str) -> ExecutionBlocker:

@@ -12,15 +12,17 @@ from ..networks.fingerprint import fingerprint, require_same_model
 from .inversion import reconstruct
 
 
-def inversion_report(model: Any, trajectory: Trajectory, vae: Any, amplify: float) -> tuple[torch.Tensor, float, float]:
-    """Reconstructs a trajectory and compares it with what was inverted.
+def inversion_report(
+    model: Any, trajectory: Trajectory, vae: Any, amplify: float, sampler: Any | None = None
+) -> tuple[torch.Tensor, float, float]:
+    """Reconstructs a trajectory with a SAMPLER (None: euler) and compares it with what was inverted.
 
     Returns a BHWC picture (original | reconstruction | amplified difference around grey), the PSNR in latent
     space (peak: the original's range) and in pixels (peak 1), both in dB against the VAE's own decode.
     """
     require_same_model(fingerprint(model), trajectory.fingerprint, "The trajectory's latents")
     original = model.model.process_latent_out(trajectory.latents[0])
-    result = reconstruct(model, trajectory)
+    result = reconstruct(model, trajectory, sampler)
     in_latents = psnr(result, original, float(original.max() - original.min()))
     before, after = (_images(vae.decode(latent)) for latent in (original, result))
     difference = (0.5 + amplify * (after - before)).clamp(0, 1)

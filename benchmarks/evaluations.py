@@ -1,0 +1,174 @@
+"""What a StyleID picture costs with the mini model: network evaluations, CPU seconds, peak memory, interleaved.
+
+    python benchmarks/evaluations.py ASSETS [--size 256] [--steps 20] [--rounds 2] [--pairs 2] [--table FILE]
+
+An evaluation is one row (one image) through the network once. The authors' code takes 24 at 8 steps and 150 at 50:
+two inversions with the features taken on the way, and the sampling. Then the round trip of the inversion, and how
+near the picture with features kept on the way is to the one with features captured at the latents themselves.
+"""
+
+import argparse
+import ctypes
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import setup_host  # before torch and comfy
+import folder_paths
+import psutil
+import torch
+from pastiche.nodes.algorithms.metrics import psnr
+from pastiche.nodes.host.features.capture import capture
+from pastiche.nodes.host.features.library import load_bank, register_folder, save_bank
+from pastiche.nodes.host.features.on_the_way import invert_and_capture
+from pastiche.nodes.host.features.stores import readable_size
+from pastiche.nodes.host.injections.style import inject_style
+from pastiche.nodes.host.networks.mini import load_mini
+from pastiche.nodes.host.trajectories.inversion import invert, noise_latent, reconstruct
+from pastiche.nodes.host.trajectories.latent_adain import latent_adain
+from report import add_outputs, pictures, publish
+from support.sampling import sample, schedule
+
+LAYERS = "6-11"
+
+
+class Studio:
+    """The mini model with a counter of its evaluations, one content and one style."""
+
+    def __init__(self, content, style):
+        self.model, self.vae, kinds = load_mini()
+        self.empty, self.evaluations = kinds["empty"], 0
+        self.model = self.model.clone()
+        self.model.set_model_unet_function_wrapper(self._count)
+        self.content, self.style = ({"samples": self.vae.encode(image[None])} for image in (content, style))
+        self.saved = {}
+
+    def _count(self, apply_model, args):
+        self.evaluations += args["input"].shape[0]
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    def invert(self, latent, steps, scheme="predicted", memory="ram"):
+        return invert_and_capture(
+            self.model, latent, schedule(self.model, steps), "self_attention", LAYERS, memory, positive=self.empty, scheme=scheme
+        )
+
+    def save_style(self, steps):
+        self.saved[steps] = save_bank(self.invert(self.style, steps)[2], f"benchmark_{steps}").name
+
+    def finish(self, content, style, steps):
+        """Samples with (LATENT, trajectory, bank) of the content and of the style."""
+        start = latent_adain(content[0], style[0], 1.0, None, None)
+        model = inject_style(self.model, style[2], content[2], 0.75, 1.5, 1.0, LAYERS, 0.0, 1.0, None)
+        return self.vae.decode(sample(model, start["samples"], schedule(self.model, steps), self.empty)).cpu()
+
+    def plain(self, steps):
+        noise = torch.randn(self.content["samples"].shape, generator=torch.Generator().manual_seed(0))
+        return sample(self.model, 14.6 * noise, schedule(self.model, steps), self.empty)
+
+    def picture(self, steps, scheme="predicted", memory="ram"):
+        return self.finish(self.invert(self.content, steps, scheme, memory), self.invert(self.style, steps, scheme, memory), steps)
+
+    def picture_of_a_saved_style(self, steps):
+        bank = load_bank(self.saved[steps], "disk", self.model)
+        style = {"samples": noise_latent(self.model, bank.trajectory)}, bank.trajectory, bank
+        return self.finish(self.invert(self.content, steps), style, steps)
+
+    def picture_captured_apart(self, steps, scheme):
+        """As before features could be kept on the way: every latent evaluated once more."""
+        parts = []
+        for latent in (self.content, self.style):
+            noise, trajectory = invert(self.model, latent, schedule(self.model, steps), self.empty, scheme)
+            parts.append((noise, trajectory, capture(self.model, trajectory, "self_attention", LAYERS, "ram")))
+        return self.finish(*parts, steps)
+
+
+class Peak:
+    """The largest growth of this process's resident memory (or of the GPU's) while it runs, in bytes."""
+
+    def __enter__(self):
+        self._cuda = torch.cuda.is_available() and torch.cuda.memory_allocated() > 0
+        self._process, self._running, self.bytes = psutil.Process(), True, 0
+        if sys.platform == "linux":  # otherwise freed memory still counts as used, and growth is not seen
+            ctypes.CDLL(None).malloc_trim(0)
+        self._before = torch.cuda.memory_allocated() if self._cuda else self._process.memory_info().rss
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self):
+        while self._running:
+            self.bytes = max(self.bytes, self._process.memory_info().rss - self._before)
+            time.sleep(0.005)
+
+    def __exit__(self, *_):
+        self._running = False
+        self._thread.join()
+        if self._cuda:
+            self.bytes = torch.cuda.max_memory_allocated() - self._before
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("assets", type=Path)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=2)
+    add_outputs(parser)
+    options = parser.parse_args()
+    folder_paths.set_output_directory(tempfile.mkdtemp(prefix="pastiche-benchmark-"))
+    register_folder()
+    steps = options.steps
+    photos, paintings = (images.movedim(1, -1) for images in pictures(options.assets, options.size, options.pairs))  # BCHW -> BHWC
+    studio = Studio(photos[0], paintings[0])
+    studio.save_style(steps)
+    rows = {
+        f"plain sampling, {steps} steps": lambda: studio.plain(steps),
+        f"one picture, {steps} steps": lambda: studio.picture(steps),
+        f"one picture, its style saved, {steps} steps": lambda: studio.picture_of_a_saved_style(steps),
+        f"one picture, features beside the sample (recompute), {steps} steps": lambda: studio.picture(steps, memory="recompute"),
+        f"one picture, `fixed_point`, captured apart, {steps} steps": lambda: studio.picture_captured_apart(steps, "fixed_point"),
+        "the authors' settings: `next`, 8 steps (theirs: 24)": lambda: studio.picture(8, "next"),
+        "ours, 8 steps": lambda: studio.picture(8),
+    }
+    found = {name: [] for name in rows}
+    for _ in range(options.rounds):
+        for name, work in rows.items():
+            studio.evaluations, started = 0, time.process_time()
+            with Peak() as peak:
+                work()
+            found[name].append((studio.evaluations, time.process_time() - started, peak.bytes))
+            print(name, found[name][-1], flush=True)
+    text = [
+        f"# Evaluations for a StyleID picture, mini model, {options.size} px",
+        "",
+        f"Median of {options.rounds} interleaved rounds; peak: growth of the process. {setup_host.hardware()}. An evaluation is one "
+        "row through the network once; the authors' code takes 24 at 8 steps and 150 at 50.",
+        "",
+        "| what | evaluations | CPU, s | peak |",
+        "|---|---|---|---|",
+    ]
+    for name, values in found.items():
+        evaluations, seconds, size = (statistics.median(column) for column in zip(*values))
+        text.append(f"| {name} | {evaluations:.0f} | {seconds:.1f} | {readable_size(int(size))} |")
+    text += ["", "| pair | steps | round trip of the content, dB | picture against exact features, dB |", "|---|---|---|---|"]
+    for i in range(options.pairs):
+        studio = Studio(photos[i], paintings[i])
+        for count in (10, steps):
+            content, style = studio.invert(studio.content, count), studio.invert(studio.style, count)
+            exact = [(*part[:2], capture(studio.model, part[1], "self_attention", LAYERS, "ram", "full")) for part in (content, style)]
+            near = psnr(studio.finish(content, style, count), studio.finish(*exact, count), 1.0)
+            decoded = (studio.vae.decode(latent).cpu() for latent in (reconstruct(studio.model, content[1]), studio.content["samples"]))
+            text.append(f"| {i + 1} | {count} | {psnr(*decoded, 1.0):.1f} | {near:.1f} |")
+            print(text[-1], flush=True)
+    publish(text, options.table)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
