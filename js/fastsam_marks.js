@@ -104,6 +104,32 @@ function withLabel(point, label) {
 
 const scale = (from, to) => (from && to ? [to[0] / from[0], to[1] / from[1]] : [1, 1]);
 
+/** The image size [width, height] that a text says its marks belong to, null where none does. */
+export function sizeOfTexts(...texts) {
+  for (const text of texts) {
+    try {
+      const { size } = JSON.parse(text) ?? {};
+      if (isNumbers(size, 2) && size.every((length) => length > 0)) return size;
+    } catch {
+      // typed by hand and not finished
+    }
+  }
+  return null;
+}
+
+/**
+ * A box with one edge or corner moved by dx, dy; its sides may cross. `grip` has "n" or "s" and "w" or "e".
+ * @returns {{x1: number, y1: number, x2: number, y2: number}}
+ */
+export function resized({ x, y, width, height }, grip, dx, dy) {
+  return {
+    x1: x + (grip.includes("w") ? dx : 0),
+    y1: y + (grip.includes("n") ? dy : 0),
+    x2: x + width + (grip.includes("e") ? dx : 0),
+    y2: y + height + (grip.includes("s") ? dy : 0),
+  };
+}
+
 /** Undo and redo over immutable lists of marks. */
 export class History {
   #past = [];

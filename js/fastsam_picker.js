@@ -1,11 +1,12 @@
 // The picker of FastSAM Prompt: shows the connected image and edits points and boxes on it.
 //
 // The node's `points` and `boxes` texts are the only state; everything here can be rebuilt from them.
-import { formatMarks, History, parseMarks } from "./fastsam_marks.js";
+import { formatMarks, History, parseMarks, resized } from "./fastsam_marks.js";
 import { PickerView } from "./fastsam_view.js";
 
 const DRAG = 4; // screen pixels that make a press a drag
 const HIT = 9; // screen pixels around a mark that count as on it
+const CURSORS = { n: "ns-resize", s: "ns-resize", w: "ew-resize", e: "ew-resize", nw: "nwse-resize", se: "nwse-resize", ne: "nesw-resize", sw: "nesw-resize" };
 
 export class Picker {
   #history = new History();
@@ -135,6 +136,8 @@ export class Picker {
     on(buttons.clear, "click", () => this.clear());
     on(buttons.fit, "click", () => this.view.fit());
     on(buttons.mask, "click", () => this.view.toggleMask());
+    on(buttons.large, "click", () => this.view.toggleLarge());
+    on(viewport, "pointerleave", () => this.view.hover(null));
   }
 
   #press(event) {
@@ -142,13 +145,14 @@ export class Picker {
     if (!this.view.size || this.#drag) return;
     const at = this.view.toImage(event);
     const pan = event.button === 1 || (event.button === 0 && (event.ctrlKey || event.metaKey));
-    const index = pan ? -1 : this.#hit(at);
+    const { index, grip } = pan ? { index: -1 } : this.#hit(at);
     const inside = at.x >= 0 && at.y >= 0 && at.x < this.view.size[0] && at.y < this.view.size[1];
     if (!pan && ((index < 0 && !inside) || event.button > 2)) return;
     event.preventDefault();
     this.view.viewport.setPointerCapture(event.pointerId);
     const kind = pan ? "pan" : index >= 0 ? "mark" : "new";
-    this.#drag = { kind, index, from: at, now: at, start: [event.clientX, event.clientY], last: [event.clientX, event.clientY] };
+    this.view.hover(null);
+    this.#drag = { kind, index, grip, from: at, now: at, start: [event.clientX, event.clientY], last: [event.clientX, event.clientY] };
     this.#drag.negative = event.button === 2 || event.shiftKey;
     this.#drag.button = event.button;
     if (index >= 0) this.#selected = index;
@@ -157,12 +161,21 @@ export class Picker {
 
   #move(event) {
     const drag = this.#drag;
-    if (!drag) return;
+    if (!drag) return this.#hover(event);
     drag.moved ||= Math.hypot(event.clientX - drag.start[0], event.clientY - drag.start[1]) > DRAG;
     if (drag.kind === "pan") this.view.pan(event.clientX - drag.last[0], event.clientY - drag.last[1]);
     drag.last = [event.clientX, event.clientY];
     drag.now = this.view.toImage(event);
     if (drag.moved) this.#render();
+  }
+
+  /** What a press here would do: the pointer over marks, elsewhere the object that a click would take. */
+  #hover(event) {
+    if (!this.view.size) return;
+    const at = this.view.toImage(event);
+    const { index, grip } = this.#locked() ? { index: -1 } : this.#hit(at);
+    this.view.viewport.style.cursor = index < 0 ? "" : !grip || grip === "move" ? "move" : CURSORS[grip];
+    this.view.hover(index < 0 ? at : null);
   }
 
   #release(event) {
@@ -171,8 +184,8 @@ export class Picker {
     this.#drag = null;
     this.view.viewport.releasePointerCapture?.(event.pointerId);
     if (drag.kind === "mark" && drag.moved && drag.button === 0) {
-      const moved = this.#shifted(drag);
-      this.#commit(this.marks.map((mark, i) => (i === drag.index ? moved : mark)), drag.index);
+      const moved = this.#dragged(drag);
+      if (moved) this.#commit(this.marks.map((mark, i) => (i === drag.index ? moved : mark)), drag.index);
     } else if (drag.kind === "mark" && !drag.moved && event.altKey) {
       this.remove(drag.index);
     } else if (drag.kind === "new" && !drag.moved) {
@@ -194,6 +207,15 @@ export class Picker {
     if (box.width >= 1 && box.height >= 1) this.add(box);
   }
 
+  /** The mark as the drag leaves it: a box by one of its grips, anything else moved. Null for a box without area. */
+  #dragged(drag) {
+    const { index, grip, from, now } = drag;
+    if (!grip || grip === "move") return this.#shifted(drag);
+    const { x1, y1, x2, y2 } = resized(this.marks[index], grip, now.x - from.x, now.y - from.y);
+    const box = this.view.box({ x: x1, y: y1 }, { x: x2, y: y2 });
+    return box.width >= 1 && box.height >= 1 ? box : null;
+  }
+
   #shifted({ index, from, now }) {
     const mark = this.marks[index];
     const [width, height] = this.view.size;
@@ -205,20 +227,34 @@ export class Picker {
     };
   }
 
-  /** The mark under an image position: points before boxes' edges, later ones first. */
-  #hit({ x, y }) {
+  /**
+   * The mark under an image position and, of a box, what of it: {index, grip}; index -1 for none. Points before
+   * boxes, later marks first. grip: "n", "se" and the like, or "move" for the middle of the selected box.
+   */
+  #hit(at) {
     const reach = HIT / this.view.screenScale();
-    const onPoint = (mark) => mark.kind !== "box" && Math.hypot(mark.x + 0.5 - x, mark.y + 0.5 - y) <= reach;
-    const onEdge = (mark) => {
-      if (mark.kind !== "box") return false;
-      const dx = Math.min(Math.abs(x - mark.x), Math.abs(x - mark.x - mark.width));
-      const dy = Math.min(Math.abs(y - mark.y), Math.abs(y - mark.y - mark.height));
-      const beside = (value, low, length) => value >= low - reach && value <= low + length + reach;
-      const within = beside(x, mark.x, mark.width) && beside(y, mark.y, mark.height);
-      return within && Math.min(dx, dy) <= reach / 2;
-    };
+    const onPoint = (mark) => mark.kind !== "box" && Math.hypot(mark.x + 0.5 - at.x, mark.y + 0.5 - at.y) <= reach;
     const point = this.marks.findLastIndex(onPoint);
-    return point >= 0 ? point : this.marks.findLastIndex(onEdge);
+    if (point >= 0) return { index: point };
+    const order = this.marks.map((_, i) => i).reverse();
+    order.sort((a, b) => (b === this.#selected) - (a === this.#selected));
+    for (const index of order) {
+      const grip = this.#grip(index, at, reach);
+      if (grip) return { index, grip };
+    }
+    return { index: -1 };
+  }
+
+  #grip(index, { x, y }, reach) {
+    const mark = this.marks[index];
+    if (mark.kind !== "box") return "";
+    const near = (value, edge, share = 1) => Math.abs(value - edge) <= reach * share;
+    const [right, bottom] = [mark.x + mark.width, mark.y + mark.height];
+    if (index === this.#selected && near(x, mark.x + mark.width / 2) && near(y, mark.y + mark.height / 2)) return "move";
+    const within = x >= mark.x - reach && x <= right + reach && y >= mark.y - reach && y <= bottom + reach;
+    if (!within) return "";
+    const side = (low, high, value, names) => (near(value, high, 0.6) ? names[1] : near(value, low, 0.6) ? names[0] : "");
+    return side(mark.y, bottom, y, "ns") + side(mark.x, right, x, "we");
   }
 
   #wheel(event) {
@@ -248,6 +284,7 @@ export class Picker {
           "=": () => this.view.zoom(1.25),
           "-": () => this.view.zoom(0.8),
           0: () => this.view.fit(),
+          l: () => this.view.toggleLarge(),
           ArrowLeft: () => this.#arrow(-1, 0, event),
           ArrowRight: () => this.#arrow(1, 0, event),
           ArrowUp: () => this.#arrow(0, -1, event),
@@ -260,7 +297,10 @@ export class Picker {
     action();
   }
 
+  /** Lets go of what is held; where nothing is, closes the large view. */
   #escape() {
+    const idle = this.#selected < 0 && !this.#drag && !this.#corner;
+    if (idle) this.view.closeLarge();
     this.#selected = -1;
     this.#cancel();
   }
@@ -326,7 +366,7 @@ export class Picker {
     let marks = this.marks;
     let draft = null;
     if (drag?.moved && drag.kind === "mark" && drag.button === 0)
-      marks = marks.map((mark, i) => (i === drag.index ? this.#shifted(drag) : mark));
+      marks = marks.map((mark, i) => (i === drag.index ? (this.#dragged(drag) ?? mark) : mark));
     if (drag?.moved && drag.kind === "new" && drag.button === 0) draft = this.view.box(drag.from, drag.now);
     if (this.#corner && this.#cursor) draft = this.view.box(this.#corner, this.#cursor);
     const locked = this.store.read().locked;

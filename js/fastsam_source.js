@@ -2,6 +2,7 @@
 import { api } from "../../scripts/api.js";
 
 const DEPTH = 20;
+const SUBGRAPH_INPUT = -10; // the id that a link from a subgraph's boundary has as its origin
 
 /** Address of a file that ComfyUI serves. */
 export function viewUrl({ filename, subfolder = "", type = "input" }) {
@@ -27,10 +28,26 @@ export function findSource(node, inputName) {
   return null;
 }
 
+/** The node behind an input, looked for through the boundaries of subgraphs, both ways. */
 function origin(node, slot) {
   if (slot < 0) return null;
   const link = node.graph?.getLink?.(node.inputs[slot].link) ?? node.graph?.links?.[node.inputs[slot].link];
-  return link ? (node.graph.getNodeById(link.origin_id) ?? null) : null;
+  if (!link) return null;
+  if (link.origin_id === SUBGRAPH_INPUT) return throughInput(node.graph, link.origin_slot);
+  const found = node.graph.getNodeById(link.origin_id) ?? null;
+  return found?.isSubgraphNode?.() ? (found.resolveSubgraphOutputLink?.(link.origin_slot)?.outputNode ?? null) : found;
+}
+
+/** What the nodes that show `subgraph` have connected to one of its inputs: the first that has anything. */
+function throughInput(subgraph, slot) {
+  const root = subgraph.rootGraph;
+  for (const graph of [root, ...(root?.subgraphs?.values?.() ?? [])])
+    for (const shown of graph?.nodes ?? [])
+      if (shown.subgraph === subgraph) {
+        const found = origin(shown, shown.inputs?.[slot] ? slot : -1);
+        if (found) return found;
+      }
+  return null;
 }
 
 const isReroute = (node) => node.type === "Reroute" || node.isVirtualNode === true;

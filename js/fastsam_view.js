@@ -2,8 +2,11 @@
 //
 // Pictures and marks are vector or CSS-scaled, so device pixel ratio and the graph's zoom need no care.
 
+import { ObjectMap } from "./fastsam_objects.js";
+
 const SVG = "http://www.w3.org/2000/svg";
 const MOST_ZOOM = 32;
+const NONE = []; // no missed points: one list, so that showing the same again is no change
 const BUTTONS = [
   ["undo", "↶", "Undo (Ctrl+Z)"],
   ["redo", "↷", "Redo (Ctrl+Shift+Z)"],
@@ -11,11 +14,13 @@ const BUTTONS = [
   ["clear", "✕", "Clear all marks"],
   ["fit", "Fit", "Fit the picture (0)"],
   ["mask", "◐", "Show or hide the mask of the last run"],
+  ["large", "⤢", "Large view (L); again or Escape closes it"],
 ];
 const HELP =
-  "Left click: take. Right click or Shift: remove. Drag: box. Alt+click a mark or Delete: delete it. " +
+  "Left click: take. Right click or Shift: remove. Drag: box; its edges and corners resize it, the middle of a selected one " +
+  "moves it. Alt+click a mark or Delete: delete it. " +
   "Wheel: zoom, once clicked. Middle or Ctrl+drag: pan. " +
-  "Keys: arrows move the cross, Enter takes, N removes, B starts and ends a box, [ and ] select a mark.";
+  "Keys: arrows move the cross, Enter takes, N removes, B starts and ends a box, [ and ] select a mark, L opens the large view.";
 
 export class PickerView {
   /** Pixels [width, height] of the picture, null while there is none. */
@@ -40,8 +45,6 @@ export class PickerView {
       button.dataset.action = name;
       this.buttons[name] = button;
     }
-    this.status = html("span", "pastiche-picker-status", bar);
-    this.status.setAttribute("aria-live", "polite");
     this.viewport = html("div", "pastiche-picker-view", this.element);
     this.viewport.tabIndex = 0;
     this.viewport.title = HELP;
@@ -54,8 +57,12 @@ export class PickerView {
     this.mask = html("img", "pastiche-picker-mask", this.stage);
     for (const picture of [this.image, this.mask]) Object.assign(picture, { alt: "", draggable: false });
     this.mask.hidden = true;
+    this.objects = new ObjectMap();
+    this.stage.append(this.objects.canvas);
     this.svg = this.stage.appendChild(document.createElementNS(SVG, "svg"));
     this.note = html("div", "pastiche-picker-note", this.viewport);
+    this.status = html("div", "pastiche-picker-status", this.element);
+    this.status.setAttribute("aria-live", "polite");
     this.image.onload = () => this.#loaded();
     this.image.onerror = () => this.#failed();
     this.resizing = new ResizeObserver(() => (this.#fitted ? this.fit() : this.#place()));
@@ -63,6 +70,8 @@ export class PickerView {
   }
 
   destroy() {
+    this.closeLarge();
+    this.objects.load("");
     this.resizing.disconnect();
     for (const picture of [this.image, this.mask]) {
       picture.onload = picture.onerror = null;
@@ -72,21 +81,25 @@ export class PickerView {
   }
 
   /**
-   * Show {url, width?, height?, mask?, note?}, or null for none. width and height: pixels of the image as
-   * nodes get it, where they are not the file's.
+   * Show {url, width?, height?, mask?, map?, note?, missed?}, or null for none. width and height: pixels of the
+   * image as nodes get it, where they are not the file's. map: the last run's objects; missed: the points [x, y]
+   * at which it found none. A url of "" with a width and height is an empty sheet of that size.
    */
   show(picture) {
-    const { url = "", mask = "", width, height, note = "" } = picture ?? {};
-    if (["url", "mask", "width", "height", "note"].every((key) => this.#shown[key] === { url, mask, width, height, note }[key])) return;
+    const { url = "", mask = "", map = "", width, height, note = "", missed = NONE } = picture ?? {};
+    const shown = { url, mask, map, width, height, note, missed };
+    if (Object.keys(shown).every((key) => this.#shown[key] === shown[key])) return;
     const changed = this.#shown.url !== url;
-    this.#shown = { url, mask, width, height, note };
+    this.#shown = shown;
+    this.objects.load(map);
     this.mask.hidden = !mask || this.mask.dataset.off === "true";
     if (mask) this.mask.src = mask;
     else this.mask.removeAttribute("src");
     this.setStale(false);
     if (!url) {
       this.image.removeAttribute("src");
-      this.size = null;
+      if (width && height) this.#resize(width, height);
+      else this.size = null;
     } else if (changed) this.image.src = url;
     else if (this.image.complete) this.#loaded();
     this.#redraw();
@@ -106,6 +119,12 @@ export class PickerView {
   #loaded() {
     const { width = this.image.naturalWidth, height = this.image.naturalHeight } = this.#shown;
     if (!width || !height) return this.#failed();
+    this.#resize(width, height);
+  }
+
+  /** Zoom, pan and the marks' history stay as they are where the picture keeps its size. */
+  #resize(width, height) {
+    if (this.size?.[0] === width && this.size[1] === height) return this.#redraw();
     this.size = [width, height];
     Object.assign(this.stage.style, { width: `${width}px`, height: `${height}px` });
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -114,8 +133,43 @@ export class PickerView {
   }
 
   #failed() {
+    if (!this.#shown.url) return;
     this.size = null;
     this.#redraw();
+  }
+
+  /** Highlight the object of the last run under a position of the picture, null for none. */
+  hover(at) {
+    this.objects.highlight(at && this.size ? this.objects.at(at.x / this.size[0], at.y / this.size[1]) : 0);
+  }
+
+  // ---- the large view: the same element, in a dialog over the page ----
+
+  get large() {
+    return Boolean(this.dialog);
+  }
+
+  toggleLarge() {
+    if (this.large) return this.closeLarge();
+    this.home = html("div", "pastiche-picker-home");
+    this.element.replaceWith(this.home);
+    this.dialog = html("dialog", "pastiche-picker-large", document.body);
+    this.dialog.append(this.element);
+    this.dialog.addEventListener("close", () => this.closeLarge());
+    this.dialog.addEventListener("cancel", (event) => event.preventDefault()); // Escape lets go of a mark first
+    this.dialog.addEventListener("pointerdown", (event) => event.target === this.dialog && this.closeLarge());
+    this.dialog.showModal();
+    this.buttons.large.setAttribute("aria-pressed", "true");
+    this.viewport.focus();
+  }
+
+  closeLarge() {
+    const { dialog } = this;
+    if (!dialog) return;
+    this.dialog = null;
+    this.home.replaceWith(this.element);
+    dialog.remove();
+    this.buttons.large.setAttribute("aria-pressed", "false");
   }
 
   // ---- zoom and pan; positions in CSS pixels of the viewport ----
@@ -226,7 +280,7 @@ export class PickerView {
     const unit = 1 / this.#scale; // a CSS pixel of the viewport
     const shapes = [];
     if (this.size) {
-      marks.forEach((mark, i) => shapes.push(drawMark(mark, unit, i === selected)));
+      marks.forEach((mark, i) => shapes.push(drawMark(mark, unit, i === selected, this.#isMissed(mark))));
       if (draft) shapes.push(drawMark(draft, unit, true));
       if (cursor) shapes.push(svg("path", { class: "cursor", d: cross(cursor.x, cursor.y, 9 * unit), "stroke-width": 1.5 * unit }));
     }
@@ -237,10 +291,14 @@ export class PickerView {
     this.buttons.fit.disabled = !this.size;
     this.buttons.mask.disabled = !this.mask.hasAttribute("src");
     this.buttons.mask.setAttribute("aria-pressed", String(!this.mask.hidden));
-    this.status.textContent = this.#statusText(state);
+    this.status.textContent = this.status.title = this.#statusText(state);
     this.note.textContent = this.#noteText();
     this.note.hidden = !this.note.textContent;
     this.stage.hidden = !this.size;
+  }
+
+  #isMissed(mark) {
+    return mark.kind === "positive" && this.#shown.missed.some(([x, y]) => x === mark.x && y === mark.y);
   }
 
   #statusText({ marks, locked, error }) {
@@ -251,22 +309,31 @@ export class PickerView {
       points || !boxes ? `${points} ${points === 1 ? "point" : "points"}` : "",
       boxes ? `${boxes} ${boxes === 1 ? "box" : "boxes"}` : "",
     ];
-    const text = [counted.filter(Boolean).join(", "), this.size?.join("×"), this.#shown.note].filter(Boolean).join(" · ");
+    const empty = this.size ? marks.filter((mark) => this.#isMissed(mark)).length : 0;
+    const missed = empty && `⚠ no object at ${empty === 1 ? "the hollow point" : `${empty} hollow points`}`;
+    const text = [missed, counted.filter(Boolean).join(", "), this.size?.join("×"), this.#shown.note].filter(Boolean).join(" · ");
     return locked ? `${text} · points or boxes come from a link` : text;
   }
 
   #noteText() {
-    if (this.size) return "";
+    if (this.size) return this.#shown.url ? "" : "Not connected: the marks are kept.";
     if (!this.#shown.url) return "Connect an image. Load Image shows at once, other nodes after a run.";
     return this.image.complete ? "The picture cannot be shown; run the workflow once." : "";
   }
 }
 
-function drawMark(mark, unit, selected) {
-  const name = `mark ${mark.kind}${selected ? " selected" : ""}`;
+function drawMark(mark, unit, selected, missed) {
+  const name = `mark ${mark.kind}${selected ? " selected" : ""}${missed ? " missed" : ""}`;
   if (mark.kind === "box") {
     const { x, y, width, height } = mark;
-    return svg("rect", { class: name, x, y, width, height, "stroke-width": (selected ? 3 : 2) * unit });
+    const box = svg("rect", { class: name, x, y, width, height, "stroke-width": (selected ? 3 : 2) * unit });
+    if (!selected) return box;
+    const side = 7 * unit;
+    const grip = (px, py) => svg("rect", { class: "grip", x: px - side / 2, y: py - side / 2, width: side, height: side });
+    const group = svg("g", {});
+    group.append(box, ...[x, x + width].flatMap((px) => [y, y + height].map((py) => grip(px, py))));
+    group.append(svg("path", { class: "grip-move", d: cross(x + width / 2, y + height / 2, 7 * unit), "stroke-width": 2 * unit }));
+    return group;
   }
   const [x, y] = [mark.x + 0.5, mark.y + 0.5];
   const radius = (selected ? 8 : 6) * unit;

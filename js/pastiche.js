@@ -1,5 +1,6 @@
 // Pastiche's front end: the picker of FastSAM Prompt.
 import { app } from "../../scripts/app.js";
+import { sizeOfTexts } from "./fastsam_marks.js";
 import { Picker } from "./fastsam_picker.js";
 import { findSource, viewUrl } from "./fastsam_source.js";
 
@@ -43,11 +44,16 @@ function addPicker(node) {
   widget.serialize = false;
   node.setSize?.([Math.max(node.size[0], LEAST_WIDTH), Math.max(node.size[1], node.computeSize()[1])]);
 
+  /** An empty picture of the marks' own size: a copy without a link still shows them. */
+  const sheet = () => {
+    const size = sizeOfTexts(...widgets.map((widget) => widget.value));
+    return size && { url: "", width: size[0], height: size[1] };
+  };
   let run = null; // what the last run showed, and for which source
   const refresh = () => {
     const source = findSource(node, "image");
     const current = run && (!source || source.url === run.source);
-    picker.show(current ? run.picture : source && { url: source.url, note: source.exact ? "" : "size as loaded" });
+    picker.show(current ? run.picture : source ? { url: source.url, note: source.exact ? "" : "size as loaded" } : sheet());
     picker.sync();
   };
   const timer = setInterval(refresh, WATCH);
@@ -55,9 +61,9 @@ function addPicker(node) {
   chain(node, "onExecuted", (output) => {
     const shown = output?.[OUTPUT]?.[0];
     if (!shown) return;
-    const { image, mask, width, height, objects } = shown;
+    const { image, mask, map, width, height, objects, missed } = shown;
     const note = `${objects} object${objects === 1 ? "" : "s"} found`;
-    const picture = { url: viewUrl(image), mask: viewUrl(mask), width, height, note };
+    const picture = { url: viewUrl(image), mask: viewUrl(mask), map: viewUrl(map), width, height, note, missed };
     run = { source: findSource(node, "image")?.url, picture };
     refresh();
   });

@@ -167,12 +167,10 @@ class FastSAMPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, points=None, boxes=None) -> bool | str:
-        try:
-            parse_points(points)
-            parse_boxes(boxes)
-        except ValueError as error:
-            return str(error)
+    def validate_inputs(cls, points=None, boxes=None) -> bool:
+        """Raises ValueError, which ComfyUI shows once; a returned sentence it repeats for every input named here."""
+        parse_points(points)
+        parse_boxes(boxes)
         return True
 
     @classmethod

@@ -160,6 +160,33 @@ def select_points(
     return list(dict.fromkeys(chosen)), removed.nonzero()[:, 0].tolist()
 
 
+class PointMap:
+    """Which object a positive point at each pixel takes (see `select_points`), from masks given one at a time.
+
+    objects: (H, W) int64, 0 for none, else the object's number from 1.
+    """
+
+    def __init__(self, segments: Segments, among: str = "best"):
+        preference = {"smallest": -segments.areas, "largest": segments.areas}.get(among, segments.scores)
+        self._preference = preference.float().tolist()
+        self.objects = torch.zeros(segments.height, segments.width, dtype=torch.int64)
+        self._taken = torch.full(self.objects.shape, -torch.inf)
+
+    def add(self, number: int, mask: Tensor) -> None:
+        """Object `number`, counted from 0, with its mask (H, W) bool."""
+        better = mask.cpu() & (self._preference[number] > self._taken)
+        self.objects[better] = number + 1
+        self._taken[better] = self._preference[number]
+
+
+def points_without_object(segments: Segments, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no object holds."""
+    if not len(points):
+        return []
+    held = contains(segments, points).any(0).tolist()
+    return [point for point, found in zip(points, held) if not found]
+
+
 def select_boxes(segments: Segments, boxes: list[tuple[float, float, float, float]]) -> list[int]:
     """For each box x1, y1, x2, y2 in pixels the object with the largest mask-to-box IoU, if any overlaps."""
     if not len(segments):

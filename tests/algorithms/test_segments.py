@@ -7,12 +7,14 @@ import torch
 
 from pastiche.nodes.algorithms.overlay import draw_overlay, label_map, paint_layers, tint
 from pastiche.nodes.algorithms.segments import (
+    PointMap,
     Segments,
     coarse_masks,
     contains,
     crop_objects,
     decode_segments,
     rank,
+    points_without_object,
     rank_by_similarity,
     render_masks,
     select_boxes,
@@ -61,6 +63,24 @@ def test_point_takes_best_smallest_largest_all():
     assert select_points(segments, inside_both, among="all") == ([0, 1], [])
     with pytest.raises(ValueError, match="biggest"):
         select_points(segments, inside_both, among="biggest")
+
+
+@pytest.mark.parametrize("among", ["best", "smallest", "largest"])
+def test_point_map_is_what_a_point_would_take(among):
+    segments = rectangles(WHOLE, PART, OTHER, scores=[0.6, 0.9, 0.3])
+    found = PointMap(segments, among)
+    for number in range(3):
+        found.add(number, render_masks(segments, [number])[0])
+    for x, y in [(4, 4), (14, 14), (44, 44), (60, 4)]:
+        taken, _ = select_points(segments, [(x, y)], among=among)
+        assert int(found.objects[y, x]) == (taken[0] + 1 if taken else 0)
+
+
+def test_points_on_nothing_are_named():
+    segments = rectangles(WHOLE, OTHER)
+    assert points_without_object(segments, [(4, 4), (60, 4), (44, 44), (-3, 5)]) == [(60, 4), (-3, 5)]
+    assert points_without_object(segments, []) == []
+    assert points_without_object(rectangles(), [(4, 4)]) == [(4, 4)]
 
 
 def test_several_points_take_several_objects():

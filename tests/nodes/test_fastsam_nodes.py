@@ -4,13 +4,16 @@ import json
 import os
 
 import folder_paths
+import numpy as np
 import pytest
 import torch
 from comfy_api.latest import io
+from PIL import Image
 
 from pastiche.nodes.fastsam import FastSAMPrompt, LoadFastSAM
 from pastiche.nodes.host.fastsam import model as fastsam
 from pastiche.nodes.host.fastsam.checkpoint import read_checkpoint
+from pastiche.nodes.host.fastsam.preview import _numbers
 from support import segmenters
 
 segmenters.require_ultralytics()
@@ -123,15 +126,41 @@ def test_answer_to_the_picker(model, image):
     answer = FastSAMPrompt.execute(model, image)
     (shown,) = answer.ui["pastiche_fastsam"]
     assert (shown["width"], shown["height"]) == (400, 300) and shown["objects"] >= 1
-    for part in ("image", "mask"):
+    for part in ("image", "mask", "map"):
         folder = os.path.join(folder_paths.get_temp_directory(), shown[part]["subfolder"])
         assert shown[part]["type"] == "temp" and os.path.isfile(os.path.join(folder, shown[part]["filename"]))
     json.dumps(answer.ui)
 
 
+def test_map_and_missed_points_reach_the_picker(model, image):
+    answer = FastSAMPrompt.execute(model, image)
+    (shown,) = answer.ui["pastiche_fastsam"]
+    path = os.path.join(folder_paths.get_temp_directory(), shown["map"]["subfolder"], shown["map"]["filename"])
+    red, green, _ = np.moveaxis(np.asarray(Image.open(path).convert("RGB")).astype(int), -1, 0)
+    numbers = red + 256 * green
+    assert numbers.shape == (300, 400) and set(np.unique(numbers)) <= set(range(shown["objects"] + 1))
+    inside = np.argwhere(numbers == numbers.max())
+    y, x = inside[len(inside) // 2]
+    empty_y, empty_x = np.argwhere(numbers == 0)[0]
+    points = json.dumps([[int(x), int(y)], [int(empty_x), int(empty_y)]])
+    (shown,) = FastSAMPrompt.execute(model, image, points=points).ui["pastiche_fastsam"]
+    assert shown["missed"] == [(empty_x, empty_y)]
+
+
+def test_every_object_number_survives_the_map():
+    numbers = torch.arange(300).view(3, 100)
+    written = (255 * _numbers(numbers)).to(torch.uint8).long()  # as ComfyUI writes a picture
+    assert torch.equal(written[..., 0] + 256 * written[..., 1], numbers)
+    assert _numbers(torch.zeros(3000, 100)).shape[0] <= 1024
+
+
 @pytest.mark.parametrize("points, boxes, text", [("[[1", "", "no valid JSON"), ("", "[[1, 2]]", "no box"), ("", "[[1, 1, 1, 9]]", "no area")])
 def test_bad_json_is_told_before_anything_runs(points, boxes, text):
-    assert text in FastSAMPrompt.validate_inputs(points=points, boxes=boxes)
+    with pytest.raises(ValueError, match=text):
+        FastSAMPrompt.validate_inputs(points=points, boxes=boxes)
+
+
+def test_good_json_is_valid():
     assert FastSAMPrompt.validate_inputs(points="[[1, 2]]", boxes=None) is True
 
 

@@ -4,6 +4,7 @@ import asyncio
 import re
 
 import pytest
+from host.comfy import ServerError
 
 from pastiche.nodes.extension import PasticheExtension
 
@@ -38,3 +39,18 @@ def test_node_is_described(info, name):
 def test_help_pages_are_served(server):
     for name in NODES:
         assert server.request(f"/extensions/pastiche/docs/{name}.md").strip()
+
+
+@pytest.mark.parametrize("points, boxes, text", [("[[1", "", "no valid JSON"), ("", "[[1, 2]]", "no box")])
+def test_a_wrong_prompt_text_is_told_once(server, points, boxes, text):
+    """Not for `points` and `boxes` both, whichever of them is wrong."""
+    prompt = {
+        "1": {"class_type": "PasticheFastSAMPrompt", "inputs": {
+            "fastsam": ["2", 0], "image": ["3", 0], "points": points, "boxes": boxes, "mode": "auto"}},
+        "2": {"class_type": "PasticheLoadFastSAM", "inputs": {"model_name": "pastiche mini (demo)"}},
+        "3": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}},
+    }
+    with pytest.raises(ServerError) as refused:
+        server.run(prompt)
+    of_the_node = [line for line in str(refused.value).splitlines() if line.startswith("PasticheFastSAMPrompt")]
+    assert len(of_the_node) == 1 and text in of_the_node[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -14,7 +14,15 @@ from torch import Tensor
 from ...algorithms.masks import feather_mask, grow_mask
 from ...algorithms.overlay import draw_overlay, label_map, paint_layers
 from ...algorithms.prompts import Boxes, Points
-from ...algorithms.segments import Segments, rank, render_masks, select_boxes, select_points
+from ...algorithms.segments import (
+    PointMap,
+    Segments,
+    points_without_object,
+    rank,
+    render_masks,
+    select_boxes,
+    select_points,
+)
 from .model import FastSAM
 from .text import PairEncoder, choose_by_text
 
@@ -50,6 +58,8 @@ class Result:
     """masks (M, H, W), `counts` of them an image (1 where merged); overlay, labels (B, H, W, 3).
 
     boxes: of each image those of its chosen objects; found: of each image the number of all objects.
+    For the picker, of the first image: what a point at each pixel takes (see `PointMap`), and the positive points
+    that lie on no object.
     """
 
     masks: Tensor
@@ -58,6 +68,8 @@ class Result:
     labels: Tensor
     boxes: list[list[dict]]
     found: list[int]
+    taken: Tensor
+    missed: list[tuple[float, float]]
 
 
 def prompt_masks(
@@ -73,6 +85,7 @@ def prompt_masks(
     """Masks of images (B, H, W, 3) in 0..1. encoder: gives the CLIP for phrases, called only if there are any."""
     progress = comfy.utils.ProgressBar(images.shape[0])
     masks, overlays, labels, boxes, found = [], [], [], [], []
+    taken, missed = torch.zeros(0, 0, dtype=torch.int64), []
     for number, image in enumerate(images[..., :3].float().cpu()):
         comfy.model_management.throw_exception_if_processing_interrupted()
         segments = fastsam.segment(image, resolution, confidence, overlap)
@@ -81,7 +94,10 @@ def prompt_masks(
             logging.info("Pastiche: FastSAM found %d objects in image %d; none fits the prompt, its mask is empty.", len(segments), number)
         parts = _finish(_objects(segments, chosen, removed), finish)
         masks.append(parts)
-        layers = paint_layers((render_masks(segments, [i])[0] for i in range(len(segments))), segments.height, segments.width)
+        under = PointMap(segments, prompt.among)
+        layers = paint_layers(_watched(segments, under), segments.height, segments.width)
+        if number == 0:
+            taken, missed = under.objects, points_without_object(segments, _positive(prompt, segments))
         overlays.append(draw_overlay(image, layers, parts.amax(0)))
         labels.append(label_map(layers))
         boxes.append([_box(segments, i) for i in chosen])
@@ -89,7 +105,24 @@ def prompt_masks(
         progress.update(1)
     keep = comfy.model_management.intermediate_device()
     counts = [len(parts) for parts in masks]
-    return Result(torch.cat(masks).to(keep), counts, torch.stack(overlays).to(keep), torch.stack(labels).to(keep), boxes, found)
+    return Result(
+        torch.cat(masks).to(keep), counts, torch.stack(overlays).to(keep), torch.stack(labels).to(keep), boxes, found, taken, missed
+    )
+
+
+def _watched(segments: Segments, under: PointMap) -> Iterator[Tensor]:
+    """Every object's (H, W) mask, one in memory at a time, shown to `under` on the way."""
+    for number in range(len(segments)):
+        mask = render_masks(segments, [number])[0]
+        under.add(number, mask)
+        yield mask
+
+
+def _positive(prompt: Prompt, segments: Segments) -> list[tuple[float, float]]:
+    """The positive points that the mode uses, in the image's pixels."""
+    if prompt.mode not in (AUTO, POINTS):
+        return []
+    return [point for part in prompt.points for point in part.on(segments.width, segments.height).positive]
 
 
 def choose(segments: Segments, image: Tensor, number: int, prompt: Prompt, encoder=None) -> tuple[list[int], list[int]]:
