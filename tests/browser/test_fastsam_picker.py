@@ -379,3 +379,168 @@ def test_removed_node_leaves_nothing(picker):
     assert counted["during"] == [0, 1, True], counted
     assert counted["after"] == [0, 0, False], counted
     assert not counted["handled"] and counted["heard"] == 1, counted  # the picker's own key handler is gone
+
+
+def run(picker):
+    picker.ui.queue()
+    picker.page.wait_for(f"() => {{ const m = ({_VIEW})('.pastiche-picker-mask'); return !m.hidden && m.complete && m.naturalWidth; }}")
+
+
+def status(picker):
+    return picker.page.evaluate(f"() => ({_VIEW})('.pastiche-picker-status').textContent")
+
+
+def empty_pixel(scene):
+    """A pixel far from every object of the scene."""
+    taken = np.pad(np.any(scene.masks, axis=0), 1, constant_values=True)
+    reach = np.zeros_like(taken, dtype=int)
+    while not taken.all():
+        reach[~taken] += 1
+        taken = taken | np.roll(taken, 1, 0) | np.roll(taken, -1, 0) | np.roll(taken, 1, 1) | np.roll(taken, -1, 1)
+    y, x = np.unravel_index(reach.argmax(), reach.shape)
+    return int(x) - 1, int(y) - 1
+
+
+def test_zoom_pan_and_history_survive_a_run(picker, scene):
+    x, y = segmenters.scenes().inner_point(scene.masks[0])
+    picker.click(x, y)
+    picker.click(20, 20, button="right")
+    for _ in range(4):
+        picker.page.wheel(*picker.at(x, y), -120)
+    time.sleep(0.3)
+    before = [*picker.at(x, y), *picker.at(x + 10, y + 10)]
+    run(picker)
+    assert [*picker.at(x, y), *picker.at(x + 10, y + 10)] == pytest.approx(before, abs=0.5)
+    picker.focus()
+    picker.page.key("Control+z")
+    assert picker.drawn == (1, 0, 0)
+    picker.page.key("Control+Shift+z")
+    assert picker.drawn == (1, 1, 0)
+
+
+def test_a_point_on_nothing_says_so(picker, scene):
+    picker.click(*segmenters.scenes().inner_point(scene.masks[0]))
+    picker.click(*empty_pixel(scene))
+    run(picker)
+    assert "no object at the hollow point" in status(picker)
+    missed = picker.page.evaluate(f"() => ({_VIEW})('svg').querySelectorAll('.mark.missed').length")
+    assert missed == 1
+    picker.focus()
+    picker.page.key("Control+z")  # the hollow point goes, and the sentence with it
+    assert "no object" not in status(picker)
+
+
+def test_an_object_lights_up_under_the_pointer(picker, scene):
+    x, y = segmenters.scenes().inner_point(scene.masks[0])
+    picker.click(5, 5, button="right")
+    run(picker)
+    shape = f"""() => {{
+        const canvas = ({_VIEW})('.pastiche-picker-object');
+        if (canvas.hidden) return null;
+        const {{ data }} = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+        return Array.from(data.filter((_, i) => i % 4 === 3));
+    }}"""
+    picker.page.wait_for(f"() => ({_VIEW})('.pastiche-picker-object').width === {WIDTH}")
+    picker.page.move(*picker.at(x, y))
+    time.sleep(0.2)
+    lit = np.array(picker.page.evaluate(shape)).reshape(HEIGHT, WIDTH) > 0
+    assert (lit & scene.masks[0]).sum() / (lit | scene.masks[0]).sum() > 0.7
+    picker.page.move(*picker.at(*empty_pixel(scene)))
+    time.sleep(0.2)
+    assert picker.page.evaluate(shape) is None
+
+
+def test_boxes_resize_at_corners_and_edges_and_move_by_the_middle(picker):
+    picker.drag((100, 100), (200, 180))
+    (box,) = picker.boxes
+    left, top, right, bottom = box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"]
+
+    def edges():
+        (now,) = picker.boxes
+        return [now["x"], now["y"], now["x"] + now["width"], now["y"] + now["height"]]
+
+    picker.drag((right, bottom), (right + 60, bottom + 40))
+    assert edges() == pytest.approx([left, top, right + 60, bottom + 40], abs=2)
+    picker.drag((left, (top + bottom) // 2), (left - 30, (top + bottom) // 2 + 25))  # an edge moves across itself only
+    assert edges() == pytest.approx([left - 30, top, right + 60, bottom + 40], abs=2)
+    middle = (left + right + 30) // 2, (top + bottom + 40) // 2
+    picker.drag(middle, (middle[0] + 20, middle[1] - 15))
+    assert edges() == pytest.approx([left - 10, top - 15, right + 80, bottom + 25], abs=2)
+    picker.focus()
+    picker.page.key("Control+z")
+    picker.page.key("Control+z")
+    picker.page.key("Control+z")
+    assert edges() == [left, top, right, bottom]
+
+
+def test_large_view_has_the_same_keys_and_gives_the_picker_back(picker):
+    small = picker.at(WIDTH, 0)[0] - picker.at(0, 0)[0]
+    picker.press("large")
+    picker.page.wait_for("() => document.querySelector('dialog.pastiche-picker-large[open] .pastiche-picker')")
+    time.sleep(0.3)
+    assert picker.at(WIDTH, 0)[0] - picker.at(0, 0)[0] > 2 * small
+    picker.click(100, 80)
+    picker.drag((200, 100), (300, 200))
+    near(picker.points["positive"], [(100, 80)])
+    assert picker.drawn == (1, 0, 1)
+    picker.page.key("Delete")  # the box is selected
+    assert picker.drawn == (1, 0, 0)
+    picker.page.key("Control+z")
+    assert picker.drawn == (1, 0, 1)
+    picker.page.key("Escape")
+    picker.page.wait_for("() => !document.querySelector('dialog.pastiche-picker-large')")
+    time.sleep(0.4)
+    assert picker.at(WIDTH, 0)[0] - picker.at(0, 0)[0] == pytest.approx(small, rel=0.02)
+    picker.click(300, 250)
+    assert picker.drawn == (2, 0, 1)
+    assert len(picker.page.evaluate("() => app.graph.nodes.map((n) => n.id)")) == 3
+
+
+def test_source_is_found_through_a_subgraph(picker):
+    """The picker moves into a subgraph whose image comes from outside."""
+    picker.page.evaluate(
+        f"""() => {{
+            const node = app.graph.nodes.find((n) => n.type === "{NODE}");
+            app.graph.convertToSubgraph(new Set([node]));
+        }}"""
+    )
+    picker.page.wait_for(
+        f"""() => {{
+            const inner = [...app.graph.subgraphs.values()].flatMap((g) => g.nodes).find((n) => n.type === "{NODE}");
+            const image = inner?.widgets.find((w) => w.name === "picker")?.element.querySelector("img");
+            return image?.naturalWidth === {WIDTH} && image.src.includes("picker_scene");
+        }}"""
+    )
+
+
+def test_unconnected_copy_shows_its_marks(picker):
+    picker.click(100, 80)
+    picker.drag((40, 150), (160, 250))
+    drawn = picker.page.evaluate(
+        f"""async () => {{
+            const node = app.graph.nodes.find((n) => n.type === "{NODE}");
+            app.canvas.copyToClipboard([node]);
+            app.canvas.pasteFromClipboard();
+            await new Promise((done) => setTimeout(done, 1000));
+            const copy = app.graph.nodes.filter((n) => n.type === "{NODE}").find((n) => n !== node);
+            const element = copy.widgets.find((w) => w.name === "picker").element;
+            return [copy.inputs.some((i) => i.name === "image" && i.link != null), element.querySelectorAll(".mark").length,
+                    element.querySelector(".pastiche-picker-note").textContent];
+        }}"""
+    )
+    assert drawn == [False, 2, "Not connected: the marks are kept."]
+
+
+def test_status_fits(picker, scene):
+    """Nothing of it is cut off at the node's least width."""
+    picker.page.evaluate(
+        f'() => {{ const n = app.graph.nodes.find((n) => n.type === "{NODE}"); n.setSize([340, n.size[1]]); app.canvas.setDirty(true, true); }}'
+    )
+    picker.click(*empty_pixel(scene))
+    picker.drag((40, 150), (160, 250))
+    run(picker)
+    time.sleep(0.3)
+    over = picker.page.evaluate(
+        f"""() => {{ const s = ({_VIEW})('.pastiche-picker-status'); return [s.scrollWidth - s.clientWidth, s.scrollHeight - s.clientHeight]; }}"""
+    )
+    assert max(over) <= 1, (over, status(picker))
