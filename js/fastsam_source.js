@@ -33,7 +33,7 @@ function origin(node, slot) {
   if (slot < 0) return null;
   const link = node.graph?.getLink?.(node.inputs[slot].link) ?? node.graph?.links?.[node.inputs[slot].link];
   if (!link) return null;
-  if (link.origin_id === SUBGRAPH_INPUT) return throughInput(node.graph, link.origin_slot);
+  if (Number(link.origin_id) === SUBGRAPH_INPUT) return throughInput(node.graph, link.origin_slot);
   const found = node.graph.getNodeById(link.origin_id) ?? null;
   return found?.isSubgraphNode?.() ? (found.resolveSubgraphOutputLink?.(link.origin_slot)?.outputNode ?? null) : found;
 }
