@@ -42,6 +42,8 @@ function addPicker(node) {
     getMinHeight: () => LEAST_HEIGHT,
   });
   widget.serialize = false;
+  const phrases = node.widgets.find((other) => other.name === "text");
+  if (phrases?.options) Object.assign(phrases.options, { getMinHeight: () => 34, getMaxHeight: () => 48 }); // the room is the picture's
   node.setSize?.([Math.max(node.size[0], LEAST_WIDTH), Math.max(node.size[1], node.computeSize()[1])]);
 
   /** An empty picture of the marks' own size: a copy without a link still shows them. */
