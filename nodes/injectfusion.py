@@ -47,13 +47,19 @@ class HSpaceSlerp(io.ComfyNode):
                     "schedule", options=list(SCHEDULES), default="constant", optional=True, advanced=True,
                     tooltip="How gamma runs over the injecting steps; the total stays the same.",
                 ),
+                io.Boolean.Input(
+                    "match_norm", default=True, optional=True, advanced=True,
+                    tooltip="With a mask: bring the content to the norm of what it replaces, as without a mask. The paper's code "
+                    "does not; switch it off to get its pictures.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="For the sampler, best with InjectFusion Sampler.")],
         )
 
     @classmethod
-    def execute(cls, model, content, gamma=0.6, t_edit=400, branch="conditional", mask=None, schedule="constant") -> io.NodeOutput:
-        return io.NodeOutput(inject_content(model, content, gamma, t_edit, branch, mask, schedule))
+    def execute(cls, model, content, gamma=0.6, t_edit=400, branch="conditional", mask=None, schedule="constant",
+                match_norm=True) -> io.NodeOutput:
+        return io.NodeOutput(inject_content(model, content, gamma, t_edit, branch, mask, schedule, match_norm))
 
 
 class InjectFusionSampler(io.ComfyNode):
@@ -74,7 +80,7 @@ class InjectFusionSampler(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "t_boost", default=200, min=0, max=1000,
-                    tooltip="Steps below this timestep are stochastic, which sharpens. 0 turns it off: "
+                    tooltip="Steps at this timestep and below are stochastic, which sharpens. 0 turns it off: "
                     "better for paintings and other originals unlike the training data.",
                 ),
                 io.Int.Input(
@@ -84,8 +90,8 @@ class InjectFusionSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "dt_lambda", default=1.0, min=0.9, max=1.1, step=0.0005, optional=True, advanced=True,
-                    tooltip="Scales the direction of injecting steps at timesteps of 950 and more; "
-                    "the paper's code uses 0.9985 with masks.",
+                    tooltip="With omega 0: scales the direction of injecting steps at timesteps of 950 and more; "
+                    "the paper's code uses 0.9985 with masks. With omega above 0 it has no effect, there as here.",
                 ),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom; add no noise to an inverted latent.")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .algorithms.diffstyler import OVERLAPS
 from .host.multistyle.guider import lora_names, multi_style_guider, style_entry
 from .sockets import FeaturesSocket, StyleSocket
 
@@ -95,10 +96,15 @@ class MultiStyleGuiderNode(io.ComfyNode):
                     tooltip="Guidance. DiffStyler uses 10.5; 1 switches it off and halves the work.",
                 ),
                 io.Autogrow.Input("styles", template=styles, tooltip="The styles."),
+                io.Combo.Input(
+                    "overlap", options=list(OVERLAPS), default="share", optional=True, advanced=True,
+                    tooltip="Where masks overlap: share divides by their sum; with later, a later style covers the earlier ones, as "
+                    "in DiffStyler's code.",
+                ),
             ],
             outputs=[io.Guider.Output(display_name="guider", tooltip="For Sampler Custom Advanced.")],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, cfg, styles: io.Autogrow.Type) -> io.NodeOutput:
-        return io.NodeOutput(multi_style_guider(model, positive, negative, cfg, list(styles.values())))
+    def execute(cls, model, positive, negative, cfg, styles: io.Autogrow.Type, overlap="share") -> io.NodeOutput:
+        return io.NodeOutput(multi_style_guider(model, positive, negative, cfg, list(styles.values()), overlap))

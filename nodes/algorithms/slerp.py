@@ -25,16 +25,18 @@ def slerp(h: Tensor, content: Tensor, gamma: float) -> Tensor:
     return _arc(ours, theirs, gamma).to(h.dtype)
 
 
-def masked_slerp(h: Tensor, content: Tensor, gamma: float, mask: Tensor) -> Tensor:
+def masked_slerp(h: Tensor, content: Tensor, gamma: float, mask: Tensor, matched: bool = True) -> Tensor:
     """Local mixing: slerp of the masked parts, norms of the masked parts, and (1 - M) h outside.
 
     mask: (B or 1, 1, H, W) in 0..1 on the grid of `h`. Where it is 0, `h` is untouched bit for bit.
+    matched: whether the content's masked part is brought to the norm of h's, as everywhere else (eq. 5); the
+    authors' code does not do it with masks.
     """
     if gamma == 0:
         return h
     ours = _widen(h)
     mask = mask.to(ours)
-    inside = _arc(mask * ours, mask * _widen(content), gamma)
+    inside = _arc(mask * ours, mask * _widen(content), gamma, matched)
     return (inside + (1 - mask) * ours).to(h.dtype)
 
 
@@ -63,8 +65,9 @@ def resize_features(features: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(wide, (height, width), mode="bicubic", antialias=True).to(features.dtype)
 
 
-def _arc(h: Tensor, content: Tensor, gamma: float) -> Tensor:
-    content = match_norm(content, h)
+def _arc(h: Tensor, content: Tensor, gamma: float, matched: bool = True) -> Tensor:
+    if matched:
+        content = match_norm(content, h)
     turn = angle(h, content)
     sine = torch.sin(turn)
     straight = ~(sine > DEGENERATE)  # also true for NaN, the angle of a zero vector

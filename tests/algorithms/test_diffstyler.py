@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from pastiche.nodes.algorithms.diffstyler import (
@@ -53,3 +54,26 @@ def test_override_and_the_official_blend():
     assert override_or_blend(ours, content, 1.0) is content
     assert override_or_blend(ours, content, 0.25).eq(0.25).all()
     assert [blend_share(t) for t in (0, 250, 500, 999)] == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_later_masks_cover_earlier_ones():
+    """Hard masks: the official code's loop of overwriting; soft ones: layers with an opacity."""
+    generator = torch.Generator().manual_seed(4)
+    hard = (torch.rand(3, 2, 6, 5, generator=generator, dtype=torch.float64) > 0.5).double()
+    weights, rest = normalise_masks(hard, "later")
+    winner = torch.full((2, 6, 5), -1)
+    for number in range(3):
+        winner[hard[number] > 0] = number
+    for number in range(3):
+        assert torch.equal(weights[number], (winner == number).double())
+    assert torch.equal(rest, (winner == -1).double())
+    soft = torch.rand(3, 2, 6, 5, generator=generator, dtype=torch.float64)
+    values = torch.rand(3, 2, 6, 5, generator=generator, dtype=torch.float64)
+    weights, rest = normalise_masks(soft, "later")
+    layered = torch.ones(2, 6, 5, dtype=torch.float64)
+    for mask, value in zip(soft, values):
+        layered = (1 - mask) * layered + mask * value
+    torch.testing.assert_close((weights * values).sum(0) + rest, layered)
+    torch.testing.assert_close(weights.sum(0) + rest, torch.ones_like(rest))
+    with pytest.raises(ValueError, match="share, later"):
+        normalise_masks(soft, "first")

@@ -105,6 +105,20 @@ def test_masks():
     torch.testing.assert_close(mixed[..., :1], slerp(h[..., :1], content[..., :1], 0.6), rtol=2e-3, atol=2e-3)
 
 
+def test_masked_content_may_keep_its_own_norm():
+    h, content = features(14), 3 * features(15)
+    left = torch.zeros(1, 1, 5, 3, dtype=torch.float64)
+    left[..., :1] = 1
+    mixed = masked_slerp(h, content, 0.6, left, matched=False)
+    for i in range(len(h)):
+        a, b = h[i, ..., :1], content[i, ..., :1]
+        theta = torch.acos((a * b).sum() / (a.norm() * b.norm()))
+        expected = (torch.sin(0.4 * theta) * a + torch.sin(0.6 * theta) * b) / torch.sin(theta)
+        torch.testing.assert_close(mixed[i, ..., :1], expected)
+        assert not torch.allclose(masked_slerp(h, content, 0.6, left)[i, ..., :1], expected, rtol=0.1)
+    assert torch.equal(mixed[..., 1:], h[..., 1:])
+
+
 def test_disjoint_masks_commute_and_soft_masks_mix():
     h, a, b = features(16), features(17), features(18)
     left = torch.zeros(1, 1, 5, 3)

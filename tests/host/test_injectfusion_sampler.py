@@ -48,12 +48,15 @@ def run(model, latent, sigmas, positive, negative=None, cfg=1.0, omega=0.3, t_bo
 
 @pytest.mark.parametrize("settings", [
     dict(omega=0.3), dict(omega=0.0), dict(omega=0.3, t_boost=600), dict(omega=0.0, t_boost=250, dt_lambda=0.99),
+    dict(omega=0.3, dt_lambda=0.9), dict(omega=0.0, t_boost="a step's own"),
 ])
 def test_whole_run_is_the_papers(model, positive, bank, settings):
     """The paper's equations in z and alpha-bar, float64 around the network, with its own h-injecting patch."""
     settings = {"t_boost": 0, "dt_lambda": 1.0, "seed": 3, **settings}
     gamma, t_edit = 0.6, 300
     latent, sigmas = random_latent(8, 8, seed=1), schedule(model, STEPS)
+    if settings["t_boost"] == "a step's own":
+        settings["t_boost"] = int(model.model.model_sampling.timestep(sigmas[STEPS - 2].view(1)))
     found = run(inject_content(model, bank, gamma, t_edit), latent, sigmas, positive, **settings)
 
     context = positive[0][0]
@@ -81,7 +84,7 @@ def test_whole_run_is_the_papers(model, positive, bank, settings):
             clean = injected = (z - (1 - a) ** 0.5 * e) / a**0.5
             direction = 1.0
             if times[i] >= t_edit:
-                direction = settings["dt_lambda"] if times[i] >= 950 else 1.0
+                direction = settings["dt_lambda"] if times[i] >= 950 and settings["omega"] == 0 else 1.0
                 changed = eps(z, levels[i], bank.store.read(H_SPACE, STEPS - i, torch.device("cpu")).float())
                 injected = (z - (1 - a) ** 0.5 * changed) / a**0.5
                 if settings["omega"] > 0:
@@ -90,7 +93,7 @@ def test_whole_run_is_the_papers(model, positive, bank, settings):
                     e = eps(z, levels[i])
                     injected = (z - (1 - a) ** 0.5 * e) / a**0.5
             spread = 0.0
-            if times[i] < settings["t_boost"] and a_next < 1:
+            if times[i] <= settings["t_boost"] and a_next < 1:
                 spread = ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
             z = a_next**0.5 * injected + direction * (1 - a_next - spread**2) ** 0.5 * e
             if spread:
@@ -196,12 +199,46 @@ def test_boost_noise_is_seeded_by_row(model, positive, bank):
     assert abs(float(torch.corrcoef(torch.stack([a.flatten(), initial.flatten()]))[0, 1])) < 0.2
 
 
-def test_direction_scale_needs_an_early_injection(model, positive, bank):
+def test_direction_scale_needs_an_early_injection_and_no_calibration(model, positive, bank, caplog):
     latent, sigmas = random_latent(8, 8), schedule(model, STEPS)
     early = inject_content(model, bank, 0.6, 400)
-    assert not torch.equal(run(early, latent, sigmas, positive, dt_lambda=0.95), run(early, latent, sigmas, positive))
-    late = sigmas[1:]  # begins under timestep 950
-    assert torch.equal(run(early, latent, late, positive, dt_lambda=0.95), run(early, latent, late, positive))
+
+    def same(sigmas, omega):
+        scaled = run(early, latent, sigmas, positive, omega=omega, dt_lambda=0.95)
+        return torch.equal(scaled, run(early, latent, sigmas, positive, omega=omega))
+
+    assert not same(sigmas, 0.0)
+    assert same(sigmas[1:], 0.0)  # begins under timestep 950
+    with caplog.at_level("INFO"):
+        assert same(sigmas, 0.3)
+    assert "dt_lambda 0.95 has no effect with omega 0.3" in caplog.text
+
+
+def test_extra_evaluations_get_their_own_prediction(model, positive, bank):
+    """Guidance that evaluates other conditions, and other latents, of its own: as where nothing is kept for later."""
+    negative = tiny_cond(model, seed=2)
+    latent, sigmas = random_latent(8, 8), schedule(model, STEPS)[:3]
+    calls = []
+
+    def guide(args):
+        calls.append(None)
+        cond, uncond = args["cond"], args["uncond"]
+        asked = [[cond], [uncond]] if len(calls) % 2 else [[uncond], [cond]]  # not in the order of the first time
+        latents = [args["input"], args["input"] + 0.1 * args["denoised"]]
+        extra = [
+            comfy.samplers.calc_cond_batch(args["model"], conds, x, args["sigma"], args["model_options"])[0]
+            for conds, x in zip(asked, latents)
+        ]
+        return args["denoised"] + extra[0] - 0.5 * extra[1]
+
+    patched = inject_content(model, bank, 0.6, 0, "both")
+    patched.set_model_sampler_post_cfg_function(guide)
+    found = run(patched, latent, sigmas, positive, negative, 4.0, omega=0.0)
+    calls.clear()
+    apart = patched.clone()  # anything of another node in the forward: two predictions, one after the other
+    apart.set_model_attn1_patch(lambda n, context, value, options: (n, context, value))
+    expected = run(apart, latent, sigmas, positive, negative, 4.0, omega=0.0)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_inpainting_mask_keeps_the_outside(model, positive, bank):
@@ -261,8 +298,8 @@ def test_progress_previews_and_cancel(model, positive, bank, count_rows):
     assert torch.equal(run(patched, latent, sigmas, positive), expected)
 
 
-def test_boosting_begins_under_its_timestep(model, positive, bank):
-    """A step at exactly t_boost is not stochastic, the next one is; the last, to zero noise, never."""
+def test_boosting_begins_at_its_timestep(model, positive, bank):
+    """A step at exactly t_boost is stochastic, as in the paper's code, one above is not; the last, to zero noise, never."""
     latent, sigmas = random_latent(8, 8), schedule(model, STEPS, "simple")  # exactly the sigmas of whole timesteps
     t = [int(model.model.model_sampling.timestep(sigma.view(1))) for sigma in sigmas[:-1]]
     patched = inject_content(model, bank, 0.6, 900)
@@ -271,8 +308,8 @@ def test_boosting_begins_under_its_timestep(model, positive, bank):
         return run(patched, latent, sigmas, positive, t_boost=t_boost, seed=7)
 
     at = boosted(t[3])
-    assert torch.equal(at, boosted(t[4] + 1)) and not torch.equal(at, boosted(t[3] + 1)) and not torch.equal(at, boosted(t[4]))
-    assert torch.equal(boosted(t[5] + 1), boosted(0))
+    assert torch.equal(at, boosted(t[3] + 1)) and torch.equal(at, boosted(t[2] - 1)) and not torch.equal(at, boosted(t[3] - 1))
+    assert torch.equal(boosted(t[5]), boosted(0))
 
 
 def test_a_waiting_prediction_goes_to_its_own_step_only():

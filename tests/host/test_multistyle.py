@@ -115,6 +115,72 @@ def test_a_model_with_loras_is_a_style():
         MultiStyleGuider(merged(model, random_lora(model, 6)), [StyleEntry(model=styled, name="ink")])
 
 
+def test_a_styles_model_without_the_guiders_lora_is_refused():
+    """It would run with the guider's LoRA."""
+    model = tiny_unet()
+    with pytest.raises(ValueError, match="ink: its model and the guider's carry different LoRAs below the style's own"):
+        MultiStyleGuider(merged(model, random_lora(model, 6)), [StyleEntry(model=model, name="ink")])
+    shared = random_lora(model, 6)
+    weaker, stronger = merged(model, shared, 0.3), merged(model, shared, 0.6)
+    with pytest.raises(ValueError, match="different LoRAs below"):
+        MultiStyleGuider(weaker, [StyleEntry(model=stronger)])
+
+
+def model_with(kind, model):
+    """A clone of `model` with one thing that is no LoRA."""
+    other = model.clone()
+    if kind == "attn2_patch":
+        other.set_model_attn2_patch(lambda n, context, value, options: (n, context, value))
+    elif kind == "attn1 replacement":
+        other.set_model_attn1_replace(lambda q, k, v, options: v, "middle", 0)
+    elif kind == "sampler_post_cfg_function":
+        other.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+    elif kind == "wrapper":
+        other.add_wrapper_with_key("apply_model", "test", lambda executor, *args, **kwargs: executor(*args, **kwargs))
+    elif kind == "object patch":
+        other.add_object_patch("manual_cast_dtype", torch.bfloat16)
+    return other
+
+
+@pytest.mark.parametrize("kind, word", [
+    ("attn2_patch", "attn2_patch of model_with"), ("attn1 replacement", "of model_with"), ("wrapper", "apply_model of model_with"),
+    ("sampler_post_cfg_function", "sampler_post_cfg_function of model_with"), ("object patch", "object patch manual_cast_dtype"),
+])
+def test_a_styles_model_with_more_than_loras_is_refused(kind, word):
+    model = tiny_unet()
+    with pytest.raises(ValueError, match=f"ink: its model carries more than LoRAs: .*{word}.*connect such nodes to the guider's model"):
+        MultiStyleGuider(model, [StyleEntry(model=merged(model_with(kind, model), random_lora(model, 1)), name="ink")])
+    shared = model_with(kind, model)  # on the guider's model too: fine
+    MultiStyleGuider(shared, [StyleEntry(model=merged(shared, random_lora(model, 1)))])
+
+
+def test_a_styles_model_with_our_injection_is_named():
+    from pastiche.nodes.host.injections.style import inject_style
+
+    model = tiny_unet()
+    styled = inject_style(model, featured(model), None, 0.0, 1.5, 1.0, "6-11", 0.0, 1.0, None)
+    with pytest.raises(ValueError, match="carries more than LoRAs: Style Injection. All"):
+        MultiStyleGuider(model, [StyleEntry(model=styled)])
+
+
+def test_tensors_without_a_place_are_reported(caplog):
+    model = tiny_unet()
+    lora = random_lora(model, 1)
+    fitting = len(lora)
+    for name in ("lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha", "lora_te_text_model_encoder_layers_1_mlp_fc1.alpha"):
+        lora[name] = torch.tensor(1.0)
+    lora["lora_unet_double_blocks_0_img_attn_proj.lora_up.weight"] = torch.zeros(2, 2)
+    with caplog.at_level("WARNING"):
+        MultiStyleGuider(model, [StyleEntry(lora=lora, name="ink")])
+    text, foreign = [record.getMessage() for record in caplog.records if "ink" in record.getMessage()]
+    assert f"2 of the LoRA's {fitting + 3} tensors change the text encoder" in text and "lora_te_text_model" in text
+    assert f"1 of the LoRA's {fitting + 3} tensors fit no layer" in foreign and "double_blocks_0_img_attn_proj.lora_up" in foreign
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        MultiStyleGuider(model, [StyleEntry(lora=random_lora(model, 1))])
+    assert not [record for record in caplog.records if "LoRA" in record.getMessage()]
+
+
 def test_foreign_loras_are_refused():
     model = tiny_unet()
     with pytest.raises(ValueError, match="style 1: none of the LoRA's 3 tensors"):
@@ -211,3 +277,48 @@ def test_features_that_do_not_fit():
     wide = multi_style_guider(model, tiny_cond(model), [], 1.0, [StyleEntry(features=featured(model, (8, 8)), layers="6-11")])
     with pytest.raises(ValueError, match="latent is 8x8, the sampled one 8x16"):
         sample(wide)
+
+
+def test_masks_outside_0_to_1_are_cut_off():
+    model = tiny_unet()
+    lora, positive = random_lora(model, 1), tiny_cond(model)
+    mask = torch.linspace(-1, 2, 64).view(1, 64, 1).expand(1, 64, 32).contiguous()
+    results = [sample(multi_style_guider(model, positive, [], 1.0, [StyleEntry(lora=lora, mask=part)]), 1) for part in (mask, resized(mask))]
+    assert torch.equal(*results)
+
+
+def resized(mask):
+    """The mask on the latent's grid, cut off by hand."""
+    from pastiche.nodes.algorithms.masks import resize_mask
+
+    return resize_mask(mask, *SIZE[2:]).clamp(0, 1)
+
+
+def test_without_guidance_the_negative_is_zeros_as_cores_is():
+    model = tiny_unet()
+    seen = []
+
+    def look(args):
+        seen.append(args["uncond_denoised"])
+        return args["denoised"]
+
+    patched = model.clone()
+    patched.set_model_sampler_post_cfg_function(look)
+    positive, negative = tiny_cond(model), tiny_cond(model, seed=5)
+    sample(multi_style_guider(patched, positive, negative, 1.0, [StyleEntry(lora=random_lora(model, 1))]), 1)
+    sample(plain(patched, positive, negative, 1.0), 1)
+    assert len(seen) == 2 and not seen[0].any() and torch.equal(seen[0], seen[1])
+
+
+def test_each_sample_takes_the_features_of_its_own_image():
+    from pastiche.nodes.host.injections.style import inject_style
+
+    model = tiny_unet()
+    bank, positive, negative = featured(model, batch=2), tiny_cond(model), tiny_cond(model, seed=5)
+    alone = sample(plain(inject_style(model, bank, None, 0.0, 1.5, 1.0, "6-11", 0.0, 1.0, None), positive, negative, 3.0))
+    lora = StyleEntry(lora=random_lora(model, 1), mask=torch.zeros(1, 8, 8))
+    for entries in ([StyleEntry(features=bank, layers="6-11")], [lora, StyleEntry(features=bank, layers="6-11")]):
+        ours = sample(multi_style_guider(model, positive, negative, 3.0, entries))
+        assert (ours - alone).abs().max() < 1e-5 * alone.abs().max()
+    single = sample(plain(inject_style(model, featured(model), None, 0.0, 1.5, 1.0, "6-11", 0.0, 1.0, None), positive, negative, 3.0))
+    assert (single[1] - alone[1]).abs().max() > 1e-2 * alone.abs().max()  # image 0 would give another second sample

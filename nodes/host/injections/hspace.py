@@ -28,8 +28,11 @@ class HSpacePatches(Injection):
 
     name = "h-space Slerp"
 
-    def __init__(self, content: FeatureBank, gamma: float, t_edit: float, branch: str, mask: torch.Tensor | None, ramp: Ramp):
-        self.content = content
+    def __init__(
+        self, content: FeatureBank, gamma: float, t_edit: float, branch: str, mask: torch.Tensor | None, ramp: Ramp,
+        match_norm: bool = True,
+    ):
+        self.content, self.match_norm = content, match_norm
         self.gamma, self.t_edit, self.branch, self.ramp = gamma, t_edit, branch, ramp
         self.mask = mask
         self.sources = (Source("content", "The content features", content.trajectory, content, (H_SPACE,), "h_space"),)
@@ -80,7 +83,7 @@ class HSpacePatches(Injection):
 
     def mix(self, h: torch.Tensor, content: torch.Tensor, gamma: float, mask: torch.Tensor | None) -> torch.Tensor:
         """h~ of one condition's samples: h (B, C, h, w), content (B or 1, C, h, w), mask (B or 1, 1, h, w)."""
-        return slerp(h, content, gamma) if mask is None else masked_slerp(h, content, gamma, mask)
+        return slerp(h, content, gamma) if mask is None else masked_slerp(h, content, gamma, mask, self.match_norm)
 
     def _chunks(self, run: SamplingRun, options: dict) -> list[bool]:
         """Which chunks of the batch this node changes."""
@@ -99,17 +102,18 @@ def inject_content(
     branch: str = "conditional",
     mask: torch.Tensor | None = None,
     schedule: Ramp = "constant",
+    match_norm: bool = True,
 ) -> ModelPatcher:
     """`model` whose h turns towards the content's by `gamma` while the timestep is at least `t_edit` (0..1000).
 
-    mask: (B or 1, H, W) or (H, W) of any size, where to inject. Returns an unpatched clone where nothing would change.
+    mask: (B or 1, H, W) or (H, W) of any size, where to inject; match_norm: see `masked_slerp`. Returns an unpatched clone where nothing would change.
     Raises ValueError for features of another model or without h_space, and unknown settings.
     """
     if branch not in BRANCHES:
         raise ValueError(f'branch: got "{branch}", choose among {", ".join(BRANCHES)}.')
     gamma_schedule(gamma, 1, schedule)
     find_adapter(model)
-    return HSpacePatches(content, gamma, t_edit, branch, mask, schedule).install(model)
+    return HSpacePatches(content, gamma, t_edit, branch, mask, schedule, match_norm).install(model)
 
 
 def due_injections(options: dict, sigma: torch.Tensor) -> list[HSpacePatches]:

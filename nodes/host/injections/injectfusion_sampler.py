@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import comfy.model_management
@@ -35,17 +36,20 @@ def sample_injectfusion(
     """x: (B, C, H, W) at sigmas[0]; sigmas: (S + 1,) descending. Signature of k-diffusion's samplers.
 
     While an h-space Slerp is due: omega > 0 calibrates the latent and steps from there without injection,
-    omega 0 takes the asymmetric step; dt_lambda scales the direction at timesteps >= 950. On models with one,
-    steps at timesteps < t_boost are stochastic (eta 1), row i of the batch with noise of `boost_seed` + i.
+    omega 0 takes the asymmetric step, whose direction dt_lambda scales at timesteps >= 950 (the authors' code, too,
+    leaves it out after a calibration). On models with one, steps at timesteps <= t_boost are stochastic (eta 1), row i
+    of the batch with noise of `boost_seed` + i.
     """
     extra_args = dict(extra_args or {})
     model_options = extra_args.pop("model_options", {})
     sampling = model.inner_model.inner_model.model_sampling
     patched = bool(installed(model_options.get("transformer_options", {})))
     boosts = patched and not isinstance(sampling, comfy.model_sampling.CONST)
-    boost_below = sigma_of_timestep(sampling, t_boost) * (1 - 1e-5) if boosts else 0.0
+    boosted_to = sigma_of_timestep(sampling, t_boost) * (1 + 1e-5) if boosts else 0.0
     scaled_from = sigma_of_timestep(sampling, SCALED_FROM) * (1 - 1e-5)
     noise = RowNoise(boost_seed, x.shape[0])
+    if patched and dt_lambda != 1 and omega > 0:
+        logging.info("Pastiche: dt_lambda %s has no effect with omega %s, as in the paper's code; it belongs to omega 0.", dt_lambda, omega)
     plain_options = _with(model_options, {INJECT: False}) if patched else model_options
 
     def predict(x, sigma, options):
@@ -55,7 +59,7 @@ def sample_injectfusion(
         comfy.model_management.throw_exception_if_processing_interrupted()
         sigma, sigma_next = sigmas[i], sigmas[i + 1]
         due = due_injections(model_options["transformer_options"], sigma) if patched else []
-        scale = dt_lambda if due and sigma >= scaled_from else 1.0
+        scale = dt_lambda if due and omega == 0 and sigma >= scaled_from else 1.0
         if due:
             pair = PredictionPair(due, current_run(model_options["transformer_options"]))
             clean = predict(x, sigma, pair.first(model_options))
@@ -67,7 +71,7 @@ def sample_injectfusion(
             clean = injected = predict(x, sigma, plain_options)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": injected})
-        stochastic = sigma < boost_below and sigma_next > 0
+        stochastic = sigma <= boosted_to and sigma_next > 0
         x = asymmetric_step(x, clean, injected, sigma, sigma_next, scale, noise.like(x) if stochastic else None)
     return x
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from ...algorithms.masks import resize_mask
 from ...sockets import StyleEntry
 from ..injections.style_rows import RowPatches
-from .lora_batch import BatchedStyles, lora_patches, style_patches
+from .lora_batch import BatchedStyles
 from .mixture import StyleMixture, cond_name
+from .sources import lora_patches, style_patches
 
 
 class MultiStyleGuider(comfy.samplers.CFGGuider):
@@ -102,9 +103,11 @@ def style_entry(lora_name: str, **fields: Any) -> StyleEntry:
     return StyleEntry(**fields)
 
 
-def multi_style_guider(model: Any, positive: list, negative: list, cfg: float, styles: list[StyleEntry]) -> MultiStyleGuider:
+def multi_style_guider(
+    model: Any, positive: list, negative: list, cfg: float, styles: list[StyleEntry], overlap: str = "share"
+) -> MultiStyleGuider:
     """A guider for SamplerCustomAdvanced. Raises ValueError for LoRAs that do not fit the model."""
-    guider = MultiStyleGuider(model, styles)
+    guider = MultiStyleGuider(model, styles, overlap)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     return guider

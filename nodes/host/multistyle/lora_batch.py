@@ -14,47 +14,9 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor, nn
 
 from ...algorithms.lora import add_rows
+from .sources import Patches
 
-PREFIX = "diffusion_model."
 BASE = -1  # the style number of rows that run the model as it is
-
-Patches = dict[str, list[tuple]]
-"""Weight patches of a style by key, in ModelPatcher's form (strength, patch, strength_model, offset, function)."""
-
-
-def style_patches(model: Any, styled: Any, name: str) -> Patches:
-    """What `styled`, a MODEL with LoRAs, adds to `model`. Raises ValueError when they are not of one checkpoint."""
-    if not styled.is_clone(model):
-        raise ValueError(
-            f"{name}: its model comes from another checkpoint than the guider's. One forward cannot run both: "
-            "load the LoRA on the guider's own model."
-        )
-    added: Patches = {}
-    for key, patches in styled.patches.items():
-        shared = model.patches.get(key, [])
-        if [id(patch[1]) for patch in patches[: len(shared)]] != [id(patch[1]) for patch in shared]:
-            raise ValueError(
-                f"{name}: its model and the guider's carry different LoRAs below the style's own. "
-                "Load the shared LoRAs first, give that model to the guider, and put the style's LoRA on top of it."
-            )
-        if len(patches) > len(shared):
-            added[key] = patches[len(shared) :]
-    return added
-
-
-def lora_patches(model: Any, lora: dict[str, Tensor], name: str) -> Patches:
-    """A LORA_MODEL or LoRA file as weight patches. Raises ValueError when it fits no layer of this model."""
-    known = comfy.lora.model_lora_keys_unet(model.model, {})
-    loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(lora), known, log_missing=False)
-    clone = model.clone()
-    clone.add_patches(loaded, 1.0)
-    added = style_patches(model, clone, name)
-    if not added:
-        raise ValueError(
-            f"{name}: none of the LoRA's {len(lora)} tensors (for example {min(lora, default='none')}) belongs to a layer "
-            f"of this model ({type(model.model.model_config).__name__}). It was made for another architecture."
-        )
-    return added
 
 
 class BatchedStyles:
