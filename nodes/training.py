@@ -54,7 +54,7 @@ class TrainStyleLoRA(io.ComfyNode):
                     "qkv+out: also the attention's output layer. all: every linear layer.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Seeds initialisation, noise, timesteps and augmentation: the same seed gives the same file.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, advanced=True, tooltip="Images per step."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterable, NamedTuple
+from typing import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -14,18 +14,6 @@ QKV = {
     "add_q_proj", "add_k_proj", "add_v_proj", "linear1",
 }
 OUT = {"to_out", "to_add_out", "out_proj", "o_proj", "proj", "out", "wo", "o", "linear2"}
-
-
-class LowRank(NamedTuple):
-    """One layer's update: down (r, in), up (out, r), scale = alpha / r."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-
-    def delta(self) -> Tensor:
-        """The weight it stands for: (out, in)."""
-        return self.scale * (self.up @ self.down)
 
 
 def init_low_rank(in_features: int, out_features: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

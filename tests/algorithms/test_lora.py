@@ -3,7 +3,6 @@ import torch
 import torch.nn.functional as F
 
 from pastiche.nodes.algorithms.lora import add_rows, apply_low_rank, init_low_rank, select_targets
-from pastiche.nodes.algorithms.lora import LowRank
 from pastiche.nodes.algorithms.training import (
     loss_weight,
     output_gain,
@@ -33,6 +32,8 @@ def test_targets():
     assert select_targets(FLUX, "qkv") == ["double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"]
     assert select_targets(FLUX, "qkv+out") == [FLUX[1], FLUX[2], FLUX[4], FLUX[5]]
     assert select_targets(ADM, "qkv") == [ADM[0]] and select_targets(ADM, "qkv+out") == [ADM[0], ADM[2]]
+    fused = ["single_blocks.0.linear1", "double_blocks.0.img_attn.linear1", "time_attention.linear1"]
+    assert select_targets(fused, "qkv") == fused[:1]  # only Flux's single blocks hold q, k, v in a layer of that name
     with pytest.raises(ValueError, match='got "q"'):
         select_targets(UNET, "q")
 
@@ -58,7 +59,7 @@ def test_gradient_equals_autograd_on_merged_weights(generator):
     beside = [t.clone().requires_grad_() for t in low]
     attention(lambda x, i: x @ weights[i].T + apply_low_rank(x, beside[2 * i], beside[2 * i + 1], scale)).backward()
     merged = [t.clone().requires_grad_() for t in low]
-    attention(lambda x, i: x @ (weights[i] + LowRank(merged[2 * i], merged[2 * i + 1], scale).delta()).T).backward()
+    attention(lambda x, i: x @ (weights[i] + scale * merged[2 * i + 1] @ merged[2 * i]).T).backward()
     for a, b in zip(beside, merged):
         assert a.grad.abs().max() > 1e-3
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
@@ -124,3 +125,15 @@ def test_crop_is_a_window_of_whole_blocks(generator):
         top, left = divmod(int(part[0, 0, 0, 0]), 40)
         assert torch.equal(part, latents[..., top : top + part.shape[-2], left : left + part.shape[-1]])
     assert len(sizes) > 1
+
+
+def test_crop_windows_lie_anywhere():
+    latents = torch.arange(64 * 64.0).view(1, 1, 64, 64)
+    corners = []
+    for seed in range(40):
+        part = random_crop(latents, 0.5, torch.Generator().manual_seed(seed))
+        top, left = divmod(int(part[0, 0, 0, 0]), 64)
+        corners.append((top / (64 - part.shape[-2] or 1), left / (64 - part.shape[-1] or 1)))  # 0 .. 1 of the room
+    for axis in (0, 1):
+        places = [corner[axis] for corner in corners]
+        assert min(places) < 0.2 and max(places) > 0.8

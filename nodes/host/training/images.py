@@ -60,6 +60,9 @@ def training_images(latents: dict | None, image: Tensor | None, vae: Any | None,
     if (latents is None) == (image is None):
         got = "neither" if latents is None else "both"
         raise ValueError(f"Connect either latents, or image and vae; got {got}.")
+    name, batch = ("latents", latents["samples"]) if latents is not None else ("image", image)
+    if batch.shape[0] == 0:
+        raise ValueError(f"{name}: got a batch of 0 images, connect at least one.")
     if latents is not None:
         return TrainingImages(check_latent(latents, "latents").float().cpu().clone()[None])
     if vae is None:

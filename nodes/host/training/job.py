@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..networks.fingerprint import fingerprint
-from .loop import TrainedLoRA, TrainingSettings, train_style_lora
-from .progress import NodeProgress
+from .loop import LOSS_WINDOW, TrainedLoRA, TrainingSettings, train_style_lora
+from .progress import NodeProgress, TimeLeft
 from .images import training_images
 from .state import TrainingState, state_path
 
@@ -37,9 +37,12 @@ def train_for_node(
             **{name: getattr(settings, name) for name in RESUMABLE},
         })
     progress = NodeProgress(settings.steps, model, node_id)
+    clock = TimeLeft(settings.steps, state.step)
 
     def report(step: int, loss: float, preview: Tensor | None) -> None:
-        progress.update(step, f"step {step}/{settings.steps}, loss {loss:.4f}", preview)
+        recent = state.losses[-LOSS_WINDOW:]
+        mean = f"loss {sum(recent) / len(recent):.4f} (mean of {len(recent)})"
+        progress.update(step, f"step {step}/{settings.steps}, {mean}, {clock.text(step)}", preview)
 
     trained = train_style_lora(model, images, positive, settings, report, state)
     progress.say(trained.summary())

@@ -37,6 +37,7 @@ from .state import TrainingState
 INITIALISATION, PREVIEW = -1, -2  # steps of `step_generator` that are no training steps
 ACTIVATION_FACTOR = 4  # a training step's memory over an inference step's, for ComfyUI's estimate
 PREVIEW_STEPS = 12
+LOSS_WINDOW = 20  # steps whose mean loss is told: one step's depends mostly on its timestep
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("model", *DTYPES)
 GUIDANCE = ("sampler_pre_cfg_function", "sampler_cfg_function", "sampler_calc_cond_batch_function", "sampler_post_cfg_function")
@@ -64,16 +65,18 @@ class TrainingSettings:
 
 @dataclass
 class TrainedLoRA:
-    """lora: standard keys, float32, CPU. note: why training ended early, or ""."""
+    """lora: standard keys, float32, CPU. note: why training ended early, or "". trouble: what else went wrong, or ""."""
 
     lora: dict[str, Tensor]
     losses: list[float]
     steps: int
     note: str = ""
+    trouble: str = ""
 
     def summary(self) -> str:
-        tail = self.losses[-10:]
-        return self.note or f"{self.steps} steps, mean loss of the last {len(tail)}: {sum(tail) / len(tail):.4f}"
+        tail = self.losses[-LOSS_WINDOW:]
+        done = self.note or f"{self.steps} steps, mean loss of the last {len(tail)}: {sum(tail) / len(tail):.4f}"
+        return f"{done} {self.trouble}".rstrip()
 
 
 Report = Callable[[int, float, Tensor | None], None]
@@ -93,7 +96,13 @@ def train_style_lora(
     positive: one CONDITIONING entry, or one per image. Raises ValueError for inputs that do not fit, when no
     memory is left at batch 1, and when the first loss is not finite.
     """
+    state = state or TrainingState()
     check_inputs(model, positive, images, settings)
+    if state.step > settings.steps:
+        raise ValueError(
+            f"steps: got {settings.steps}, but the checkpoint has done {state.step} already, and steps cannot be taken "
+            f"back. Set steps to {state.step} or more, or choose another checkpoint name."
+        )
     with torch.inference_mode(False), torch.no_grad():
         patched = model.clone()
         _differentiable_denoiser(patched.model_options)
@@ -101,7 +110,7 @@ def train_style_lora(
         guider = comfy.samplers.CFGGuider(patched)
         guider.inner_set_conds({"positive": _ordinary(positive)})
         guider.set_cfg(1.0)
-        loop = _TrainingLoop(images, settings, report, state or TrainingState())
+        loop = _TrainingLoop(images, settings, report, state)
         blank = torch.zeros(settings.batch_size, *images.shape[1:])
         sampling = patched.get_model_object("model_sampling")
         guider.sample(blank, blank, loop, comfy.samplers.calculate_sigmas(sampling, "simple", PREVIEW_STEPS), seed=0)
@@ -139,6 +148,7 @@ class _TrainingLoop(comfy.samplers.Sampler):
     def __init__(self, images: TrainingImages, settings: TrainingSettings, report: Report, state: TrainingState):
         self._images, self._settings, self._report, self._state = images, settings, report, state
         self._micro = settings.batch_size
+        self._failed = False
         self.result: TrainedLoRA | None = None
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
@@ -159,7 +169,8 @@ class _TrainingLoop(comfy.samplers.Sampler):
         )
         scaler = torch.amp.GradScaler(self._device.type, enabled=self._compute_dtype() == torch.float16)
         state.restore(self._adapters, optimizer, scaler)
-        note = ""
+        state.check(self._adapters)
+        note = f"Nothing left to do: the checkpoint has all {state.step} steps." if state.step == settings.steps else ""
         with ExitStack() as self._stack:
             self._stack.enter_context(deterministic(self._device))
             self._stack.enter_context(kernels_with_gradients())
@@ -172,7 +183,7 @@ class _TrainingLoop(comfy.samplers.Sampler):
             if self._checkpointing:
                 self._stack.enter_context(checkpointed(model.diffusion_model))
             try:
-                note = self._train(parameters, optimizer, scaler)
+                note = self._train(parameters, optimizer, scaler) or note
             except comfy.model_management.InterruptProcessingException:
                 state.save(self._adapters, optimizer, scaler, force=True)
                 if not settings.keep_on_cancel or state.step == 0:
@@ -180,11 +191,12 @@ class _TrainingLoop(comfy.samplers.Sampler):
                 note = f"Cancelled after {state.step} of {settings.steps} steps; what was learned so far is kept."
                 logging.info("Pastiche: %s", note)
             else:
-                state.save(self._adapters, optimizer, scaler, force=True)
+                if not self._failed:
+                    state.save(self._adapters, optimizer, scaler, force=True)
             losses = list(state.losses)
             if len(losses) == 1:  # core's loss graph needs two points: the same draw after the step
                 losses.append(self._step(0, None))
-        self.result = TrainedLoRA(self._adapters.state_dict(), losses, state.step, note)
+        self.result = TrainedLoRA(self._adapters.state_dict(), losses, state.step, note, state.trouble)
         return latent_image
 
     def _train(self, parameters: list, optimizer: Any, scaler: Any) -> str:
@@ -215,6 +227,7 @@ class _TrainingLoop(comfy.samplers.Sampler):
         if step == 0:
             raise ValueError(reason)
         torch._foreach_copy_([parameter.data for parameter in parameters], good)
+        self._failed = True
         logging.warning("Pastiche: %s The weights of the last good step are kept.", reason)
         return reason
 

@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import Any, Callable
 
 import comfy.utils
 import latent_preview
 import torch
 
 TEXT_INTERVAL = 0.5  # seconds between texts: the browser needs no more
+
+
+class TimeLeft:
+    """What is left of work in equal steps, by the pace of those done so far, the first one (warming up) left out."""
+
+    def __init__(self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic):
+        self._total, self._done, self._clock = total, done, clock
+        self._since: float | None = None
+
+    def text(self, step: int) -> str:
+        """After step number `step`: "1:05 left", or "timing" where nothing is known yet."""
+        if self._since is None:
+            self._since, self._done = self._clock(), step
+        if step >= self._total:
+            return "done"
+        if step == self._done:
+            return "timing"
+        seconds = round((self._clock() - self._since) / (step - self._done) * (self._total - step))
+        hours, minutes = divmod(seconds // 60, 60)
+        clock = f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+        return f"{clock} left"
 
 
 class NodeProgress:

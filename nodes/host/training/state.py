@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
+import time
+import uuid
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import folder_paths
 import safetensors
@@ -16,57 +21,91 @@ from torch import Tensor
 SAVE_EVERY = 50  # steps
 SUFFIX = ".training.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ABANDONED = 600  # seconds after which a partial file belongs to a process that is no more
 
 
 class TrainingState:
     """Where a training stands. Random draws need no state of their own: each step has its own generator.
 
     path: the file it is kept in, or None. identity: what must agree for the training to go on (names to values).
+    updates: steps that changed the weights; fp16 leaves out those whose gradients overflow. trouble: a sentence
+    once the file could not be written.
     """
 
     def __init__(self, path: Path | None = None, identity: dict[str, Any] | None = None):
         self.path, self.identity = path, {name: str(value) for name, value in (identity or {}).items()}
-        self.step = 0
+        self.step = self.updates = 0
         self.losses: list[float] = []
+        self.trouble = ""
         self._tensors: dict[str, Tensor] = {}
         self._scaler: dict = {}
-        if path is not None and path.exists():
+        if path is not None and _exists(path):
             self._read(path)
 
     def advance(self, loss: float) -> None:
         self.step += 1
         self.losses.append(loss)
 
+    def check(self, adapters: Any) -> None:
+        """Raises ValueError where the file could not be written: before the first step, not after the fiftieth."""
+        if self.path is None:
+            return
+        needed = 3 * sum(parameter.numel() * parameter.element_size() for parameter in adapters.parameters())
+        try:
+            with whole_file(self.path, replace=False) as partial:
+                partial.write_bytes(b"pastiche")
+            free = shutil.disk_usage(self.path.parent).free
+        except OSError as error:
+            raise ValueError(
+                f'checkpoint: "{self.path}" cannot be written ({error.strerror or error}). Choose another name, make '
+                "ComfyUI's output folder writable, or leave checkpoint empty."
+            ) from error
+        if free < needed:
+            raise ValueError(
+                f"checkpoint: needs {needed / 1e6:.0f} MB in {self.path.parent}, which has {free / 1e6:.0f} MB left. "
+                "Make room, or leave checkpoint empty."
+            )
+
     def restore(self, adapters: Any, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
         """Puts the state into freshly made adapters and optimiser."""
         if self.step == 0:
             return
-        adapters.load_state_dict(self._tensors)
-        moments = {
-            number: {"step": torch.tensor(float(self.step)), **{name: self._tensors[f"{name}.{number}"] for name in MOMENTS}}
-            for number in range(len(adapters.parameters()))
-        }
+        moments = {}
+        try:
+            adapters.load_state_dict(self._tensors)
+            for number, parameter in enumerate(adapters.parameters()):
+                if f"{MOMENTS[0]}.{number}" in self._tensors:  # a layer without gradients has none
+                    pair = {name: self._tensors[f"{name}.{number}"].reshape(parameter.shape) for name in MOMENTS}
+                    moments[number] = {"step": torch.tensor(float(self.updates)), **pair}
+        except (KeyError, RuntimeError) as error:
+            raise _no_state(self.path, error) from error
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         if self._scaler:
             scaler.load_state_dict(self._scaler)
 
     def save(self, adapters: Any, optimizer: torch.optim.Optimizer, scaler: Any, force: bool = False) -> None:
-        """Writes the file, if there is one, every SAVE_EVERY steps or when forced; a complete file or none."""
+        """Writes the file, if there is one, every SAVE_EVERY steps or when forced; a complete file or none.
+
+        A failing write costs the file, not the training: it is logged and kept in `trouble`.
+        """
         if self.path is None or self.step == 0 or not (force or self.step % SAVE_EVERY == 0):
             return
-        tensors = adapters.state_dict()
+        tensors, updates = adapters.state_dict(), 0
         for number, parameter in enumerate(adapters.parameters()):
+            moments = optimizer.state.get(parameter, {})
             for name in MOMENTS:
-                tensors[f"{name}.{number}"] = optimizer.state[parameter][name].cpu().clone()
-        progress = {"step": self.step, "losses": self.losses, "scaler": scaler.state_dict()}
+                if name in moments:
+                    tensors[f"{name}.{number}"] = moments[name].cpu().clone()
+                    updates = int(moments["step"])
+        progress = {"step": self.step, "updates": updates, "losses": self.losses, "scaler": scaler.state_dict()}
         metadata = {"identity": json.dumps(self.identity), "progress": json.dumps(progress)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         try:
-            safetensors.torch.save_file(tensors, str(partial), metadata)
-            os.replace(partial, self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+            with whole_file(self.path) as partial:
+                safetensors.torch.save_file(tensors, str(partial), metadata)
+            self.trouble = ""
+        except (OSError, safetensors.SafetensorError) as error:
+            self.trouble = f'The training state "{self.path.name}" could not be written after step {self.step} ({error}).'
+            logging.warning("Pastiche: %s Training goes on.", self.trouble)
 
     def _read(self, path: Path) -> None:
         try:
@@ -74,15 +113,58 @@ class TrainingState:
                 metadata = file.metadata() or {}
                 self._tensors = {name: file.get_tensor(name) for name in file.keys()}
             identity, progress = json.loads(metadata["identity"]), json.loads(metadata["progress"])
-        except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
-            raise ValueError(f'"{path.name}" is no training state of this node ({error}); choose another checkpoint name.') from error
+            step, losses = int(progress["step"]), [float(loss) for loss in progress["losses"]]
+            updates, scaler = int(progress.get("updates", step)), dict(progress["scaler"])
+            if not 0 <= updates <= step or step < 1 or len(losses) != step or not isinstance(identity, dict):
+                raise ValueError(f"{step} steps, {updates} updates, {len(losses)} losses")
+        except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise _no_state(path, error) from error
         for name, value in self.identity.items():
             if identity.get(name) != value:
                 raise ValueError(
                     f'checkpoint "{path.name}" belongs to another training: its {name} is {identity.get(name)}, '
                     f"this one's is {value}. Choose another checkpoint name, or set {name} back."
                 )
-        self.step, self.losses, self._scaler = progress["step"], progress["losses"], progress["scaler"]
+        ruined = next((name for name, tensor in self._tensors.items() if not bool(tensor.isfinite().all())), None)
+        if ruined is not None:
+            raise ValueError(
+                f'checkpoint "{path.name}" holds NaN or infinite values (in {ruined}): that training failed. Delete the '
+                "file, or choose another checkpoint name."
+            )
+        self.step, self.updates, self.losses, self._scaler = step, updates, losses, scaler
+
+
+@contextmanager
+def whole_file(path: Path, replace: bool = True) -> Iterator[Path]:
+    """A new temporary name beside `path`, for a file that becomes `path` when the block ends well; complete or not at
+    all, also when the power fails. Removes what killed processes left of earlier ones. replace False: only a trial.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob("*.partial"):
+        with suppress(OSError):  # another process was faster
+            if old.name.startswith(f"{path.name}.") and time.time() - old.stat().st_mtime > ABANDONED:
+                old.unlink()
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        yield partial
+        with open(partial, "rb+") as handle:
+            os.fsync(handle.fileno())
+        if replace:
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long: `check` says so
+        return False
+
+
+def _no_state(path: Path | None, error: Exception) -> ValueError:
+    name = path.name if path else ""
+    return ValueError(f'"{name}" is no training state of this node ({error}); choose another checkpoint name.')
 
 
 def state_path(name: str) -> Path | None:
@@ -90,6 +172,6 @@ def state_path(name: str) -> Path | None:
     name = name.strip()
     if not name:
         return None
-    if any(character in name for character in '/\\:') or name.startswith("."):
+    if any(character in name for character in '/\\:\0') or name.startswith("."):
         raise ValueError(f'checkpoint: got "{name}"; give a plain name without folders, for example "my_style".')
     return Path(folder_paths.get_output_directory()) / "loras" / f"{name}{SUFFIX}"
