@@ -61,6 +61,8 @@ def test_features_are_those_of_where_the_scheme_asked(model, scheme, evaluations
     counting, sigmas = counted(model)
     trajectory, bank = on_the_way(counting, scheme)
     assert len(sigmas) == evaluations
+    if scheme == "current":  # the clean latent counts as one of the model's smallest sigma
+        assert sigmas[0] == pytest.approx(float(model.model.model_sampling.sigma_min))
     asked = asked_at(trajectory, lambda sigma: (1 + sigma**2) ** -0.5)
     expected = capture(model, replace(trajectory, latents=asked), STREAMS, LAYERS, "ram", "full")
     assert bank.keys == expected.keys and bank.trajectory is trajectory

@@ -87,6 +87,17 @@ def test_divergence_keeps_the_best_iterate_and_says_so(positive, caplog):
     assert residual(model, wild, positive, 1) <= residual(model, plain, positive, 1) * (1 + 1e-5)
 
 
+def test_what_is_left_above_the_tolerance_is_logged(model, positive, caplog):
+    latent, sigmas = {"samples": random_latent()}, schedule(model, 6)
+    with caplog.at_level(logging.INFO):
+        invert(model, latent, sigmas, positive, "fixed_point", 1, tolerance=1e-6)
+    assert "stopped above its tolerance (1.0e-06)" in caplog.text and "diverged" not in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        invert(model, latent, sigmas, positive, "fixed_point", 40, tolerance=1e-4)
+    assert "tolerance" not in caplog.text
+
+
 def residual(model, trajectory, positive, step):
     """|x_j - (x_{j-1} + ds eps(x_j, s_j))|: how far a step is from being undone exactly."""
     low, high = trajectory.latents[step - 1], trajectory.latents[step]
@@ -120,9 +131,9 @@ def test_original_model_is_untouched(model, positive):
 
 
 def test_noise_mask_is_dropped_and_other_keys_kept(model, positive):
-    latent = {"samples": random_latent(), "noise_mask": torch.ones(1, 8, 8), "batch_index": [4]}
+    latent = {"samples": random_latent(), "noise_mask": torch.ones(1, 8, 8), "batch_index": [4], "downscale_ratio_spacial": 8}
     out, trajectory = invert(model, latent, schedule(model, 3), positive)
-    assert "noise_mask" not in out and out["batch_index"] == [4]
+    assert set(out) == {"samples", "batch_index"} and out["batch_index"] == [4]
     assert torch.equal(out["samples"], noise_latent(model, trajectory))
 
 

@@ -5,6 +5,7 @@ The models are exact: every latent value is drawn from a mixture of two Gaussian
 
 import comfy.latent_formats
 import comfy.model_management as management
+import comfy.model_sampling
 import pytest
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
@@ -235,6 +236,20 @@ def test_a_latent_of_another_size_or_batch_gets_a_sentence(models, positive):
     for shape in ((2, 4, 6, 8), (1, 4, 6, 10), (2, 4, 1, 6, 10)):
         with pytest.raises(ValueError, match="latent_image is"):
             noise.generate_noise({"samples": torch.zeros(shape)})
+
+
+def test_a_model_that_takes_no_noise_asks_for_the_latent(models):
+    """Core's IMG_TO_IMG_FLOW starts from the latent alone."""
+    model = models["flow"].clone()
+
+    class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.IMG_TO_IMG_FLOW):
+        pass
+
+    model.add_object_patch("model_sampling", Sampling())
+    noise = InvertedNoise(model, torch.tensor([1.0, 0.5, 0.0]), random_latent())
+    with pytest.raises(ValueError, match="latent output to the sampler"):
+        noise.generate_noise({"samples": random_latent()})
+    assert noise.latent_refusal() is None
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["image", "video"])

@@ -10,6 +10,7 @@ import comfy.sample
 import comfy.samplers
 import latent_preview
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...algorithms.inversion import SCHEMES, Landing, Leg, Predict
 from ...sockets import Trajectory
@@ -21,11 +22,14 @@ from .noise import InvertedNoise
 Walk = Callable[[Predict, torch.Tensor, Callable], torch.Tensor]
 """(predict, x (B, C, ...) in model space, report(i, x, denoised)) -> x."""
 
+DEFAULT_SCHEME = "predicted"
+TOLERANCE = 1e-4
+
 
 class Witness(Protocol):
     """Sees an inversion's evaluations as they happen."""
 
-    def begin(self, model: Any, start: Trajectory) -> None:
+    def begin(self, model: ModelPatcher, start: Trajectory) -> None:
         """Puts its patches on `model` (a clone); `start` has the schedule and, as its only latents, the clean ones."""
 
     def at(self, step: int) -> None:
@@ -35,11 +39,7 @@ class Witness(Protocol):
         """Steps that no evaluation was about yet."""
 
 
-DEFAULT_SCHEME = "predicted"
-TOLERANCE = 1e-4
-
-
-def walk_latent(model: Any, samples: torch.Tensor, conditioning: list, sigmas: torch.Tensor, walk: Walk) -> torch.Tensor:
+def walk_latent(model: ModelPatcher, samples: torch.Tensor, conditioning: list, sigmas: torch.Tensor, walk: Walk) -> torch.Tensor:
     """Runs `walk` inside a real sampling of `model` without guidance, so that loading, offloading, wrappers,
     previews, progress and Cancel are ComfyUI's own. `samples` is a LATENT's (B, C, ...); returns the like.
 
@@ -106,7 +106,7 @@ def check_latent(latent: dict, what: str = "latent") -> torch.Tensor:
 
 
 def invert(
-    model: Any,
+    model: ModelPatcher,
     latent: dict,
     sigmas: torch.Tensor,
     positive: list | None = None,
@@ -213,17 +213,17 @@ class _Notes:
             )
 
 
-def noise_latent(model: Any, trajectory: Trajectory) -> torch.Tensor:
+def noise_latent(model: ModelPatcher, trajectory: Trajectory) -> torch.Tensor:
     """The trajectory's last latent as a LATENT's samples: (B, C, ...), what the sampler continues from."""
     return inverted_noise(model, trajectory).as_latent()
 
 
-def inverted_noise(model: Any, trajectory: Trajectory) -> InvertedNoise:
+def inverted_noise(model: ModelPatcher, trajectory: Trajectory) -> InvertedNoise:
     """The trajectory's last latent as NOISE."""
     return InvertedNoise(model, trajectory.schedule, trajectory.latents[-1])
 
 
-def reconstruct(model: Any, trajectory: Trajectory, sampler: comfy.samplers.Sampler | None = None) -> torch.Tensor:
+def reconstruct(model: ModelPatcher, trajectory: Trajectory, sampler: comfy.samplers.Sampler | None = None) -> torch.Tensor:
     """Samples the trajectory back as SamplerCustomAdvanced would: NOISE, an empty latent, no guidance; None is euler.
 
     Returns the (B, C, ...) clean latent in LATENT space, float32 on the CPU.
@@ -248,7 +248,7 @@ def _input_scale(model_sampling: Any, sigma: torch.Tensor) -> torch.Tensor:
     return model_sampling.calculate_input(sigma, torch.ones_like(sigma))
 
 
-def _refine(model: Any, ascending: torch.Tensor, substeps: int) -> torch.Tensor:
+def _refine(model: ModelPatcher, ascending: torch.Tensor, substeps: int) -> torch.Tensor:
     """Puts `substeps` - 1 levels between neighbours, evenly in the model's timestep."""
     if substeps <= 1:
         return ascending

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from types import SimpleNamespace
-from typing import Any
 
 import comfy.model_management
 import comfy.samplers
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_execution.graph_utils import ExecutionBlocker
 
 ALIKE = 1e-6  # a share of the latent or noise that a sampler keeps; below it the start cannot be set
@@ -23,7 +23,7 @@ class InvertedNoise:
 
     seed = 0
 
-    def __init__(self, model: Any, sigmas: torch.Tensor, latent: torch.Tensor):
+    def __init__(self, model: ModelPatcher, sigmas: torch.Tensor, latent: torch.Tensor):
         self.model, self.sigmas, self.latent = model, sigmas, latent
 
     def generate_noise(self, input_latent: dict) -> torch.Tensor:

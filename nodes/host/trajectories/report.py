@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...algorithms.metrics import psnr
 from ...sockets import Trajectory
@@ -13,7 +14,7 @@ from .inversion import reconstruct
 
 
 def inversion_report(
-    model: Any, trajectory: Trajectory, vae: Any, amplify: float, sampler: Any | None = None
+    model: ModelPatcher, trajectory: Trajectory, vae: Any, amplify: float, sampler: Any | None = None
 ) -> tuple[torch.Tensor, float, float]:
     """Reconstructs a trajectory with a SAMPLER (None: euler) and compares it with what was inverted.
 
