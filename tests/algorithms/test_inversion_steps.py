@@ -112,6 +112,14 @@ def test_however_many_iterations_the_result_is_never_worse_than_next(iterations)
     assert torch.allclose(solved.residual * solved.x.flatten(1).norm(dim=1), left, rtol=1e-9)
 
 
+def test_a_sample_that_diverges_is_not_followed_any_further():
+    x = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    denoise, asked = counted(predict(8.0))
+    solved = step_fixed_point(denoise, x, leg(0.0, 1.0, iterations=40))
+    before, last = (residuals(predict(8.0), x, at, leg(0.0, 1.0)) for at, _ in asked[-2:])
+    assert solved.diverged.all() and last >= before and len(asked) < 1 + 41
+
+
 def test_where_the_guess_leads_nowhere_next_is_taken():
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(16, 1, 4, 4, generator=generator, dtype=torch.float64)

@@ -16,6 +16,7 @@ from pastiche.nodes.host.trajectories.inversion import invert, inverted_noise, r
 from pastiche.nodes.host.trajectories.noise import InvertedNoise
 from pastiche.nodes.inversion import DDIMInversion, InversionReport, MidpointSampler
 from pastiche.nodes.styleid import LatentAdaIN
+from support.families import family_cond, family_latent, tiny_model
 from support.models import tiny_cond, tiny_unet
 from support.sampling import random_latent, schedule
 
@@ -290,9 +291,27 @@ def test_a_model_with_an_injection_is_refused(models, positive):
 
 
 def test_a_network_without_a_known_empty_prompt_asks_for_one(models):
-    from support.models import tiny_unet
-
     model = tiny_unet()
     model.model.diffusion_model = torch.nn.Identity()
     with pytest.raises(ValueError, match="positive: .* CLIP Text Encode"):
         invert(model, {"samples": clean((1, 4, 8, 8))}, schedule(model, 2))
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux", "sd3", "qwen_image", "z_image", "wan", "hunyuan_video", "ltxv", "cosmos_predict2", "aura_flow"])
+def test_samplers_of_real_families_start_at_the_inverted_latent(name):
+    """Whatever latent_image is. The networks are ComfyUI's own, so every latent format, shift and dimension is."""
+    model, cond, starts = tiny_model(name).clone(), family_cond(name), []
+    latent = {"samples": family_latent(name)}
+
+    def wrapper(apply_model, args):
+        starts.append(args["input"].float().clone())
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    sigmas = schedule(model, 2, "simple")
+    _, trajectory, noise, _ = DDIMInversion.execute(model, latent, sigmas, cond, "next").result
+    assert torch.isfinite(trajectory.latents).all()
+    for image in (latent["samples"], torch.zeros_like(latent["samples"])):
+        starts.clear()
+        advanced(model, cond, noise, sigmas, {"samples": image})
+        assert relative(starts[0], trajectory.latents[-1]) < 1e-5
