@@ -42,8 +42,8 @@ def share(reference, q, k, v, axis, rows=1, mask=None, kinds=(0,)):
     """One attention call of a forward: rows of samples, then each style's, then the content's where q has them."""
     count = len(reference.styles)
     places = [slice(number * rows, (number + 1) * rows) for number in range(1, q.shape[0] // rows)]
-    part = Part(reference, tuple(places[:count]), places[count] if len(places) > count else None, frozenset({0}))
-    sharing = Sharing(Layout((Call(q.shape[axis], SPAN),)), [part], rows, (4, 8), True, list(kinds), 0.0, None, lambda key, compute: compute())
+    part = Part(reference, None, kinds, tuple(places[:count]), places[count] if len(places) > count else None, frozenset({0}))
+    sharing = Sharing(Layout((Call(q.shape[axis], SPAN),)), [part], rows, (4, 8), True, 0.0, None, lambda key, compute: compute())
     return sharing(attention.attention_pytorch, q, k, v, HEADS, mask=mask, skip_reshape=axis == 2)
 
 
@@ -246,7 +246,8 @@ def test_cures_act_on_families_with_rotary_positions(name, cures):
 
 def test_batches_are_lengthened_and_own_prompts_put_in():
     x = torch.arange(4.0).view(2, 2)
-    assert lengthen(x, 2, 2).shape == (6, 2) and lengthen([x, 3], 2, 1)[0].shape == (4, 2) and lengthen(torch.ones(3), 2, 1).shape == (3,)
+    assert lengthen(x, 2, [1, 0, 1])[:, 0].tolist() == [0, 2, 2, 0, 2]
+    assert lengthen([x, 3], 2, [0])[0].shape == (3, 2) and lengthen(torch.ones(3), 2, [0]).shape == (3,)
     batch = {"c_crossattn": torch.zeros(4, 3, 2), "y": torch.zeros(4, 5), "steps": 3}
     own = {"c_crossattn": (torch.ones(1, 2, 2), False), "y": (torch.ones(1, 5), False), "other": (torch.ones(1), False)}
     out = own_conditions(batch, 2, [(slice(2, 4), own)])
@@ -254,7 +255,7 @@ def test_batches_are_lengthened_and_own_prompts_put_in():
     assert torch.equal(out["y"].sum(1), torch.tensor([0.0, 0, 5, 5])) and out["steps"] == 3 and not batch["y"].any()
     repeated = own_conditions(batch, 2, [(slice(2, 4), {"c_crossattn": (torch.ones(1, 2, 2), True)})])["c_crossattn"]
     assert repeated.shape == (4, 6, 2) and repeated[2:].all() and not repeated[:2].any()
-    control = without_control({"input": [None, torch.ones(2, 3)], "output": []}, 2, 1)
+    control = without_control({"input": [None, torch.ones(2, 3)], "output": []}, 2, 2)
     assert control["input"][1].tolist() == [[1] * 3] * 2 + [[0] * 3] * 2 and control["input"][0] is None
 
 
@@ -322,7 +323,7 @@ def test_keys_are_scaled_untwisted_and_moved_one_picture_aside():
     rotary = RotaryLayout((0, 2, 2), (1.0, 1.0, 1.0), True)
     cures = Cures(key_scale=2.0, untwist_high=0.5, untwist_low=3.0, position_shift=1.0)
     reference = a_reference(cures=cures, rotary=rotary)
-    sharing = Sharing(Layout(()), [], 1, (4, 8), True, [0], 0.5, None, None)
+    sharing = Sharing(Layout(()), [], 1, (4, 8), True, 0.5, None, None)
     key = torch.ones(1, 1, PICTURE, 4)
     height, width = sharing._cured(reference, key, SPAN, 4, 2)[0, 0, 0].view(2, 2)
     # one pair a direction: u = 0, so all of them take untwist_high; 4 token columns turn by 4 radians

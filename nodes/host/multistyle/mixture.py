@@ -12,8 +12,9 @@ from torch import Tensor
 from ...algorithms.diffstyler import mix_predictions, normalise_masks
 from ...algorithms.masks import resize_mask
 from ..injections.run import current_run
-from ..injections.style_rows import STYLE_ROWS
+from ..injections.style_rows import STYLE_PLAN, STYLE_ROWS
 from ..networks.neighbours import reads_whole_batch
+from ..references.run import KEY as REFERENCES
 from .lora_batch import BASE, BatchedStyles
 
 KEY = "pastiche_multistyle"
@@ -50,12 +51,13 @@ class StyleMixture:
             predictions = {}
             for style, _ in parts:
                 own = [self._condition(style, cond, window, model_options) for cond in conds]
-                outputs = executor(model, own, x, timestep, self._marked(model_options, style))
+                marked = self._marked(model_options, style, [(style, index) for index in range(len(conds))])
+                outputs = executor(model, own, x, timestep, marked)
                 predictions.update(((style, index), outputs[index]) for index in asked)
         else:
             plan = [(style, index) for index in asked for style, _ in parts]
             own = [self._condition(style, conds[index], window, model_options) for style, index in plan]
-            outputs = executor(model, own, x, timestep, self._marked(model_options, plan))
+            outputs = executor(model, own, x, timestep, self._marked(model_options, plan, plan))
             predictions = dict(zip(plan, outputs))
         mixed = [torch.zeros_like(x) for _ in conds]  # as core gives for conditions that are left out
         for index in asked:
@@ -117,9 +119,10 @@ class StyleMixture:
         known = {entry["uuid"] for entry in positive if "uuid" in entry}
         return cond is positive or any(entry.get("uuid") in known for entry in cond)
 
-    def _marked(self, model_options: dict, plan: int | list[tuple[int, int]]) -> dict:
+    def _marked(self, model_options: dict, plan: int | list[tuple[int, int]], numbers: list[tuple[int, int]]) -> dict:
         """Options whose forwards give each row its style. plan: the one style of all rows, or (style, the caller's
-        condition number) of each condition number, which other patches are shown the caller's of."""
+        condition number) of each condition number, which other patches are shown the caller's of. numbers: the latter
+        in both cases, for references: they lengthen the batch before the rows are told apart."""
 
         def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
             if isinstance(plan, int):
@@ -134,8 +137,11 @@ class StyleMixture:
 
         options = model_options.get("transformer_options", {})
         wrappers = options.get("wrappers", {})
-        outermost = {KEY: [apply_model], **wrappers.get(WrappersMP.APPLY_MODEL, {})}
-        return {**model_options, "transformer_options": {**options, "wrappers": {**wrappers, WrappersMP.APPLY_MODEL: outermost}}}
+        others = dict(wrappers.get(WrappersMP.APPLY_MODEL, {}))
+        outermost = {name: others.pop(name) for name in (REFERENCES,) if name in others}
+        outermost |= {KEY: [apply_model], **others}
+        options = {**options, STYLE_PLAN: numbers, "wrappers": {**wrappers, WrappersMP.APPLY_MODEL: outermost}}
+        return {**model_options, "transformer_options": options}
 
 
 def cond_name(number: int) -> str:

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 
-def lengthen(value: Any, rows: int, copies: int) -> Any:
-    """`value` of a forward of `rows` rows for (1 + copies) times as many: what has a row for each is repeated.
+def lengthen(value: Any, rows: int, copied: list[int]) -> Any:
+    """`value` of a forward of `rows` rows, followed by what it has for the rows `copied`.
 
-    Lists and dicts (reference latents) are treated element by element; anything else is passed on.
+    Lists (reference latents) are treated element by element; what has no row for each is passed on.
     """
     if isinstance(value, torch.Tensor):
         if value.ndim == 0 or value.shape[0] != rows:
             return value
-        return value.repeat(1 + copies, *[1] * (value.ndim - 1))
+        return torch.cat([value, value[copied]])
     if isinstance(value, list):
-        return [lengthen(part, rows, copies) for part in value]
+        return [lengthen(part, rows, copied) for part in value]
     return value
 
 
-def without_control(control: Any, rows: int, copies: int) -> Any:
-    """A ControlNet's residuals for the longer batch: references get none, as when they are run alone."""
+def without_control(control: Any, rows: int, added: int) -> Any:
+    """A ControlNet's residuals for a batch with `added` rows of references: they get none, as when they are run alone."""
     if not isinstance(control, dict):
         return control
 
@@ -32,7 +32,7 @@ def without_control(control: Any, rows: int, copies: int) -> Any:
         if not isinstance(residual, torch.Tensor):
             return residual
         own = residual.expand(rows, *residual.shape[1:]) if residual.shape[0] == 1 else residual
-        return torch.cat([own, own.new_zeros(own.shape[0] * copies, *own.shape[1:])])
+        return torch.cat([own, own.new_zeros(added, *own.shape[1:])])
 
     return {name: [longer(residual) for residual in residuals] for name, residuals in control.items()}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...algorithms.masks import as_batch
 from ...algorithms.references import sampling_progress
+from ..injections.style_rows import STYLE_PLAN
 from .layout import SLOT, Layout, Probe
 from .rows import lengthen, own_conditions, without_control
 from .settings import Reference, Source
@@ -111,33 +112,30 @@ class _Forward:
         self.executor, self.run_state, self.x, self.t = executor, run, x, t
         self.conditions, self.control, self.options = conditions, control, options
         self.rows = x.shape[0]
-        self.kinds = list(options.get("cond_or_uncond") or [0])
+        self.chunks = list(options.get("cond_or_uncond") or [0])
+        self.samples = self.rows // len(self.chunks)
+        self.plan = options.get(STYLE_PLAN)
         self.model = executor.class_obj
         self.previous = options.get(SLOT)
 
     def run(self, active: list[Reference]) -> Tensor:
         layout = self.run_state.memo(("layout", self._signature()), lambda: self._find_layout(active[0].family))
-        parts, sources, places = [], [], {}
+        parts, added = [], _Added(self.rows, self.samples)
         for reference in active:
-            calls = chosen_calls(reference, layout)
-            if not calls:
+            calls, chunks = chosen_calls(reference, layout), self._chunks_of(reference)
+            if not calls or not chunks:
                 continue
-            rows = []
-            for source in reference.sources:
-                key = (id(source), reference.noise_seed)
-                if key not in places:
-                    sources.append((source, reference.noise_seed))
-                    places[key] = slice(len(sources) * self.rows, (len(sources) + 1) * self.rows)
-                rows.append(places[key])
-            content = rows.pop() if reference.content is not None else None
-            parts.append(Part(reference, tuple(rows), content, calls))
+            places = [added.place(source, reference.noise_seed, chunks) for source in reference.sources]
+            content = places.pop() if reference.content is not None else None
+            rows = None if len(chunks) == len(self.chunks) else added.rows_of(chunks)
+            parts.append(Part(reference, rows, tuple(self._kind(self.chunks[chunk]) for chunk in chunks), tuple(places), content, calls))
         if not parts:
             return self._execute(self.x, self.t, self.conditions, self.control, self.options)
+        shape = tuple(self.x.shape[2:])
         sharing = Sharing(
-            layout, parts, self.rows, tuple(self.x.shape[2:]), tuple(self.x.shape[2:]) == self.run_state.shape[2:], self.kinds,
-            self._progress(), self.previous, self.run_state.memo,
+            layout, parts, self.rows, shape, shape == self.run_state.shape[2:], self._progress(), self.previous, self.run_state.memo
         )
-        out = self._run_rows(sources, sharing)
+        out = self._run_rows(added, sharing)
         if sharing.count != len(layout.calls) or sharing.strayed:
             self.run_state.tell(
                 "%s made %d attention calls where %d were expected: another node skips blocks or changes tokens, and the "
@@ -145,44 +143,55 @@ class _Forward:
             )
         return out
 
-    def _run_rows(self, sources: list[tuple[Source, int]], sharing: Sharing) -> Tensor:
-        copies = len(sources)
+    def _chunks_of(self, reference: Reference) -> tuple[int, ...]:
+        """Positions of the chunks of the batch that a reference acts on."""
+        if reference.row_style is None:
+            return tuple(range(len(self.chunks)))
+        return tuple(i for i, chunk in enumerate(self.chunks) if self.plan is not None and self.plan[chunk][0] == reference.row_style)
+
+    def _kind(self, chunk: int) -> int:
+        return chunk if self.plan is None else self.plan[chunk][1]
+
+    def _run_rows(self, added: "_Added", sharing: Sharing) -> Tensor:
         sigma = self.t.flatten()[0]
         batches, conditions = [self.x], []
-        for number, (source, seed) in enumerate(sources, 1):
+        for (source, seed, chunks), place in added.places.items():
+            source = added.sources[source]
             latent = source.at(sigma.to(self.x), self._noise(seed), self.model.model_sampling).to(self.x)
-            batches.append(latent.repeat(self.rows // latent.shape[0], *[1] * (latent.ndim - 1)))
+            batches.append(latent.repeat(len(chunks) * self.samples // latent.shape[0], *[1] * (latent.ndim - 1)))
             if source.conditioning is not None:
                 own = self.run_state.memo(
                     ("conditions", id(source), tuple(self.x.shape)), lambda: condition_rows(self.model, source.conditioning, self.x[:1])
                 )
-                conditions.append((slice(number * self.rows, (number + 1) * self.rows), own))
-        longer = {name: lengthen(value, self.rows, copies) for name, value in self.conditions.items()}
+                conditions.append((place, own))
+        longer = {name: lengthen(value, self.rows, added.copied) for name, value in self.conditions.items()}
+        uuids = list(self.options.get("uuids") or [])
         options = {
             **self.options,
             SLOT: sharing,
-            "cond_or_uncond": self.kinds * (1 + copies),
-            "uuids": list(self.options.get("uuids") or []) * (1 + copies),
+            "cond_or_uncond": self.chunks + [self.chunks[chunk] for chunk in added.chunks],
+            "uuids": uuids + [uuids[chunk] for chunk in added.chunks] if uuids else uuids,
         }
         out = self._execute(
-            torch.cat(batches), lengthen(self.t, self.rows, copies), own_conditions(longer, self.rows, conditions),
-            without_control(self.control, self.rows, copies), options,
+            torch.cat(batches), lengthen(self.t, self.rows, added.copied), own_conditions(longer, self.rows, conditions),
+            without_control(self.control, self.rows, len(added.copied)), options,
         )
         return out[: self.rows]
 
     def _find_layout(self, family: str) -> Layout:
         """Runs the first chunk's rows beside the same rows with other latents; what comes out is thrown away."""
-        rows = self.rows // len(self.kinds)
+        rows = self.samples
         x = self.x[:rows]
         other = seeded_noise(tuple(x.shape[1:]), 1).to(x) * self.t.flatten()[0].clamp_min(1.0)
         probe = Probe(rows, self.previous)
+        both = list(range(rows))
         conditions = {name: _first_rows(value, self.rows, rows) for name, value in self.conditions.items()}
         options = {
-            **self.options, SLOT: probe, "cond_or_uncond": self.kinds[:1] * 2, "uuids": list(self.options.get("uuids") or [])[:1] * 2,
+            **self.options, SLOT: probe, "cond_or_uncond": self.chunks[:1] * 2, "uuids": list(self.options.get("uuids") or [])[:1] * 2,
         }
         self._execute(
-            torch.cat([x, other.expand_as(x)]), lengthen(self.t[:rows], rows, 1),
-            {name: lengthen(value, rows, 1) for name, value in conditions.items()}, None, options,
+            torch.cat([x, other.expand_as(x)]), lengthen(self.t[:rows], rows, both),
+            {name: lengthen(value, rows, both) for name, value in conditions.items()}, None, options,
         )
         layout = probe.layout
         if not layout.numbers:
@@ -209,6 +218,31 @@ class _Forward:
     def _noise(self, seed: int) -> Tensor:
         shape = tuple(self.x.shape[1:])
         return self.run_state.memo(("noise", seed, shape), lambda: seeded_noise(shape, seed).to(self.x))
+
+
+class _Added:
+    """The rows that references add to a forward of `rows` rows, `samples` to a chunk; one block for each source."""
+
+    def __init__(self, rows: int, samples: int):
+        self._rows, self._samples = rows, samples
+        self.sources: dict[int, Source] = {}
+        self.places: dict[tuple[int, int, tuple[int, ...]], slice] = {}  # by source, noise seed and the chunks it stands beside
+        self.chunks: list[int] = []
+        self.copied: list[int] = []  # the sample's row whose conditions each added row takes
+
+    def rows_of(self, chunks: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(chunk * self._samples + sample for chunk in chunks for sample in range(self._samples))
+
+    def place(self, source: Source, seed: int, chunks: tuple[int, ...]) -> slice:
+        """Where the rows of a source stand in the longer batch."""
+        key = id(source), seed, chunks
+        if key not in self.places:
+            first = self._rows + len(self.copied)
+            self.sources[id(source)] = source
+            self.chunks.extend(chunks)
+            self.copied.extend(self.rows_of(chunks))
+            self.places[key] = slice(first, self._rows + len(self.copied))
+        return self.places[key]
 
 
 def chosen_calls(reference: Reference, layout: Layout) -> frozenset[int]:

@@ -51,6 +51,7 @@ class Reference:
     styles: (source, weight) with weights that sum to 1. content: whose queries are preserved.
     places: (block, number) in U-Nets, or None; layers: numbers of image calls, or None for the last two thirds.
     sigmas: the range it acts in. mask: (B or 1, H, W). rotary: how the network turns its keys.
+    row_style: number of the Multi-Style Guider's style whose rows alone it acts on.
     """
 
     styles: tuple[tuple[Source, float], ...]
@@ -70,6 +71,7 @@ class Reference:
     cures: Cures = Cures()
     rotary: RotaryLayout | None = None
     unrotated: bool = False
+    row_style: int | None = None
 
     @property
     def sources(self) -> tuple[Source, ...]:

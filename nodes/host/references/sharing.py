@@ -32,9 +32,14 @@ UNCONDITIONAL = 1  # in cond_or_uncond
 
 @dataclass(frozen=True)
 class Part:
-    """A reference in one forward: where its rows are, and which calls it acts in."""
+    """A reference in one forward: the sample's rows that it acts on, where its own are, and which calls it acts in.
+
+    rows: indices, None for all of the sample's. kinds: conditional or not, of each chunk of those rows.
+    """
 
     reference: Reference
+    rows: tuple[int, ...] | None
+    kinds: tuple[int, ...]
     styles: tuple[slice, ...]
     content: slice | None
     calls: frozenset[int]
@@ -43,15 +48,15 @@ class Part:
 class Sharing:
     """Called for every attention of a forward of `rows` sample rows followed by the references' rows.
 
-    latent: ([T,] H, W) of the forward; full: whether that is the whole picture. kinds: cond_or_uncond of the sample's chunks.
+    latent: ([T,] H, W) of the forward; full: whether that is the whole picture.
     """
 
     def __init__(
-        self, layout: Layout, parts: list[Part], rows: int, latent: tuple[int, ...], full: bool, kinds: list[int],
+        self, layout: Layout, parts: list[Part], rows: int, latent: tuple[int, ...], full: bool,
         progress: float, previous: Callable | None, memo: Callable[[Any, Callable], Any],
     ):
         self._layout, self._parts, self._rows = layout, parts, rows
-        self._latent, self._full, self._kinds = latent, full, kinds
+        self._latent, self._full = latent, full
         self._progress, self._previous, self._memo = progress, previous, memo
         self.count = 0
         self.strayed = False
@@ -69,18 +74,27 @@ class Sharing:
             self.strayed = True
             return attend(q, k, v, heads, **kwargs)
         own, others = slice(0, self._rows), slice(self._rows, None)
-        mask = kwargs.pop("mask", None)
-        styled, weights = [], []
-        for part in parts:
-            for number, place in enumerate(part.styles):
-                styled.append(self._styled(attend, q, k, v, heads, kwargs, mask, part, place, call, axis))
-                weights.append(self._weight(part.reference, number, call, styled[-1], bool(kwargs.get("skip_output_reshape"))))
-        weights, complete = _normalised(weights)
-        plain = None
-        if not complete:
-            plain = attend(q[own], k[own], v[own], heads, **kwargs, mask=_rows_of(mask, own, q.shape[0], heads))
-        rest = attend(q[others], k[others], v[others], heads, **kwargs, mask=_rows_of(mask, others, q.shape[0], heads))
-        return torch.cat([mix_styles(plain, styled, weights), rest])
+        mask, batch = kwargs.pop("mask", None), q.shape[0]
+
+        def plain() -> Tensor:
+            return attend(q[own], k[own], v[own], heads, **kwargs, mask=_rows_of(mask, own, batch, heads))
+
+        out = None
+        for rows in dict.fromkeys(part.rows for part in parts):  # those on all rows together, styles of some rows apart
+            styled, weights = [], []
+            for part in (part for part in parts if part.rows == rows):
+                for number, place in enumerate(part.styles):
+                    styled.append(self._styled(attend, q, k, v, heads, kwargs, mask, part, place, call, axis))
+                    weights.append(self._weight(part, number, call, styled[-1], bool(kwargs.get("skip_output_reshape"))))
+            weights, complete = _normalised(weights)
+            if rows is None:
+                out = mix_styles(None if complete else plain(), styled, weights)
+                continue
+            out = plain() if out is None else out
+            where = list(rows)
+            out = out.index_copy(0, torch.tensor(where, device=out.device), mix_styles(out[where], styled, weights))
+        rest = attend(q[others], k[others], v[others], heads, **kwargs, mask=_rows_of(mask, others, batch, heads))
+        return torch.cat([out, rest])
 
     def _styled(
         self, attend: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, kwargs: dict, mask: Tensor | None,
@@ -89,10 +103,10 @@ class Sharing:
         """The sample rows' attention output with one style shared."""
         reference, (first, end) = part.reference, call.span
 
-        def picture(x: Tensor, rows: slice) -> Tensor:
+        def picture(x: Tensor, rows: slice | list[int]) -> Tensor:
             return x[rows].narrow(axis, first, end - first)
 
-        own = slice(0, self._rows)
+        own = slice(0, self._rows) if part.rows is None else list(part.rows)
         query, key = picture(q, own), picture(k, own)
         depth = q.shape[-1] if axis == 2 else q.shape[-1] // heads
         query, key = self._adain(reference, query, key, picture(q, place), picture(k, place), depth, axis)
@@ -100,8 +114,8 @@ class Sharing:
         gamma = scheduled(reference.gamma, reference.gamma_end, self._progress, reference.schedule)
         query = injected_query(query, content, gamma, reference.temperature)
         guard = reference.cures.leak_guard
-        if guard and UNCONDITIONAL in self._kinds:
-            query = torch.lerp(query, reference.temperature * picture(q, place), (guard * self._unconditional(query)).to(query))
+        if guard and UNCONDITIONAL in part.kinds:
+            query = torch.lerp(query, reference.temperature * picture(q, place), guard * _unconditional(part.kinds, query))
         shared = self._cured(reference, picture(k, place), call.span, depth, axis)
         keys = share_tokens(change_tokens(k[own], call.span, key, axis), shared, call.span, reference.share, axis)
         values = share_tokens(v[own], picture(v, place), call.span, reference.share, axis)
@@ -109,12 +123,6 @@ class Sharing:
         if own_mask is not None and reference.share == "join":
             own_mask = _lengthened(own_mask, end - first)
         return attend(change_tokens(q[own], call.span, query, axis), keys, values, heads, **kwargs, mask=own_mask)
-
-    def _unconditional(self, like: Tensor) -> Tensor:
-        """(rows, 1, ...): 1 for rows of unconditional chunks."""
-        batch = self._rows // len(self._kinds)
-        rows = torch.tensor([float(kind == UNCONDITIONAL) for kind in self._kinds for _ in range(batch)], device=like.device)
-        return rows.view(-1, *[1] * (like.ndim - 1))
 
     @staticmethod
     def _adain(
@@ -152,8 +160,9 @@ class Sharing:
             heads = rotate_pairs(heads, shift_angles(rotary, cures.position_shift * grid[2]), rotary.interleaved)
         return heads.flatten(-2)
 
-    def _weight(self, reference: Reference, number: int, call: Call, out: Tensor, in_heads: bool) -> Tensor | float:
+    def _weight(self, part: Part, number: int, call: Call, out: Tensor, in_heads: bool) -> Tensor | float:
         """strength, weight and mask of one style: a number, or one for each token of `out`."""
+        reference = part.reference
         share = reference.strength * reference.styles[number][1]
         if reference.mask is None:
             return share
@@ -175,7 +184,7 @@ class Sharing:
 
         weight = share * self._memo((id(reference), call.tokens, call.span, tuple(self._latent)), tokens)
         if weight.shape[0] > 1:
-            weight = weight.repeat(len(self._kinds), 1, 1)
+            weight = weight.repeat(len(part.kinds), 1, 1)
         return weight.unsqueeze(1) if in_heads else weight
 
 
@@ -190,7 +199,13 @@ def _normalised(weights: list[Tensor | float]) -> tuple[list[Tensor | float], bo
     return [weight / total for weight in weights], False
 
 
-def _rows_of(mask: Tensor | None, rows: slice, batch: int, heads: int) -> Tensor | None:
+def _unconditional(kinds: tuple[int, ...], like: Tensor) -> Tensor:
+    """(rows, 1, ...): 1 for rows of unconditional chunks."""
+    batch = like.shape[0] // len(kinds)
+    return like.new_tensor([float(kind == UNCONDITIONAL) for kind in kinds for _ in range(batch)]).view(-1, *[1] * (like.ndim - 1))
+
+
+def _rows_of(mask: Tensor | None, rows: slice | list[int], batch: int, heads: int) -> Tensor | None:
     """An attention mask's part for some rows of the batch; masks that rows share stay whole."""
     if mask is None or mask.ndim < 3 and mask.shape[0] != batch:
         return mask
