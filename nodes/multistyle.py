@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .algorithms.diffstyler import OVERLAPS
+from .algorithms.references import SHARES
 from .host.multistyle.guider import lora_names, multi_style_guider, style_entry
 from .sockets import FeaturesSocket, StyleSocket
 
@@ -36,6 +37,10 @@ class StyleEntryNode(io.ComfyNode):
                     tooltip="Or a style image's features (self_attention), injected as StyleID does. The style image must have the "
                     "content's size.",
                 ),
+                io.Latent.Input(
+                    "picture", optional=True,
+                    tooltip="Or a style picture, encoded at the sampled size, seen by this style's rows as Style Reference does it: any model.",
+                ),
                 io.Conditioning.Input("positive", optional=True, tooltip="This style's prompt; left out, the guider's."),
                 io.Mask.Input(
                     "mask", optional=True,
@@ -43,7 +48,7 @@ class StyleEntryNode(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=-4.0, max=4.0, step=0.05,
-                    tooltip="Strength of the LoRA. With features, 0..1: the style's share inside its mask.",
+                    tooltip="Strength of the LoRA. With features or a picture, 0..1: the style's share inside its mask.",
                 ),
                 io.Float.Input(
                     "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
@@ -55,11 +60,16 @@ class StyleEntryNode(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "temperature", default=1.5, min=0.1, max=5.0, step=0.05, advanced=True,
-                    tooltip="With features: sharpness of the injected attention (StyleID's tau).",
+                    tooltip="With features or a picture: sharpness of the injected attention (StyleID's tau; with join 1).",
                 ),
                 io.String.Input(
                     "layers", default="auto", advanced=True,
-                    tooltip='With features: layers to inject, for example "6-11"; auto is what Style Injection takes.',
+                    tooltip='With features: layers to inject, for example "6-11"; auto is what Style Injection takes. With a picture: those of '
+                    "Style Reference.",
+                ),
+                io.Combo.Input(
+                    "share", options=list(SHARES), default="join", advanced=True,
+                    tooltip="With a picture: join its keys and values to the sample's own, or replace those.",
                 ),
             ],
             outputs=[StyleSocket.Output(display_name="style", tooltip="For a style input of the Multi-Style Guider.")],
@@ -67,10 +77,10 @@ class StyleEntryNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora=None, lora_name="none", model=None, features=None, positive=None, mask=None, strength=1.0,
-                start_percent=0.0, end_percent=1.0, temperature=1.5, layers="auto") -> io.NodeOutput:
+                start_percent=0.0, end_percent=1.0, temperature=1.5, layers="auto", picture=None, share="join") -> io.NodeOutput:
         return io.NodeOutput(style_entry(
             lora_name, lora=lora, model=model, features=features, conditioning=positive, mask=mask, strength=strength,
-            start_percent=start_percent, end_percent=end_percent, temperature=temperature, layers=layers,
+            start_percent=start_percent, end_percent=end_percent, temperature=temperature, layers=layers, picture=picture, share=share,
         ))
 
 

@@ -122,16 +122,17 @@ class FeatureBank:
 
 @dataclass(frozen=True)
 class StyleEntry:
-    """One style of a multi-style transfer: at most one of lora, model and features says what changes the model.
+    """One style of a multi-style transfer: at most one of lora, model, features and picture says what changes the model.
 
     lora:         a LORA_MODEL: LoRA tensors by their standard names.
     model:        the guider's MODEL with LoRAs on top.
     features:     a style's FeatureBank with `self_attention` hidden states, injected as StyleID does.
+    picture:      a LATENT of style pictures, whose rows run beside this style's as Style Reference does it.
     conditioning: this style's CONDITIONING; None takes the guider's positive.
     mask:         (B or 1, H, W) or (H, W) in [0, 1], any size, where the style acts; None is everywhere.
-    strength:     of the LoRA; with features, 0..1, what the mask is multiplied with.
+    strength:     of the LoRA; with features or a picture, 0..1, what the mask is multiplied with.
     start_percent, end_percent: share of the schedule, 0..1, in which the style acts.
-    temperature, layers: of the injection.
+    temperature, layers: of the injection; share: of a picture, join | replace.
     """
 
     lora: dict[str, torch.Tensor] | None = None
@@ -145,3 +146,5 @@ class StyleEntry:
     temperature: float = 1.5
     layers: str = "auto"
     name: str = ""
+    picture: dict | None = None
+    share: str = "join"

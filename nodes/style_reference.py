@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from .algorithms.references import SCHEDULES, SHARES
 from .host.references.install import style_reference
-from .host.references.settings import PRESETS, Cures
+from .host.references.settings import DEFAULT_PRESET, PRESETS, Cures
 from .sockets import TrajectorySocket
 
 CUSTOM = "custom"
@@ -89,7 +89,7 @@ class StyleReference(io.ComfyNode):
                     tooltip="A prompt that describes the style picture; left out, its rows read the sample's prompt.",
                 ),
                 io.Combo.Input(
-                    "preset", options=[*PRESETS, CUSTOM], default="balanced",
+                    "preset", options=[*PRESETS, CUSTOM], default=DEFAULT_PRESET,
                     tooltip="Against copying the picture's layout: balanced loosens its positions, more style also strengthens it, plain does neither, "
                     "custom reads the values below.",
                 ),
@@ -115,7 +115,7 @@ class StyleReference(io.ComfyNode):
     def execute(
         cls, model, style=None, style_trajectory=None, content=None, share="join", gamma=0.75, gamma_end=0.375, schedule="cosine",
         temperature=1.0, strength=1.0, layers="auto", start_percent=0.0, end_percent=1.0, mask=None, style_positive=None,
-        preset="balanced", weights="", noise_seed=0, **advanced,
+        preset=DEFAULT_PRESET, weights="", noise_seed=0, **advanced,
     ) -> io.NodeOutput:
         if preset == CUSTOM:
             cures = Cures(**advanced)

@@ -71,7 +71,8 @@ class KeepOutsidePatches(Injection):
         return torch.lerp(latents[above - 1], latents[above], share).to(like)
 
     def _mask(self, like: Tensor) -> Tensor:
-        return resize_mask(self.mask, *like.shape[-2:]).clamp(0, 1).unsqueeze(1).to(like)  # BHW -> B1hw
+        small = resize_mask(self.mask, *like.shape[-2:]).clamp(0, 1)
+        return small.view(len(small), *[1] * (like.ndim - 3), *small.shape[1:]).to(like)  # BHW -> B1hw, or B11hw for video
 
     def check(self, guider: Any, noise: Tensor, sigmas: Tensor) -> None:
         end = float(self.trajectory.sigmas[-1])

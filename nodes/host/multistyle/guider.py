@@ -14,6 +14,7 @@ from torch import Tensor
 from ...algorithms.masks import resize_mask
 from ...sockets import StyleEntry
 from ..injections.style_rows import RowPatches
+from ..references.install import reference_rows
 from .lora_batch import BatchedStyles
 from .mixture import StyleMixture, cond_name
 from .sources import lora_patches, style_patches
@@ -32,6 +33,9 @@ class MultiStyleGuider(comfy.samplers.CFGGuider):
         featured = {number: style for number, style in enumerate(styles) if style.features is not None}
         if featured:
             model = RowPatches(model, featured, self.names).install(model)
+        for number, style in enumerate(styles):
+            if style.picture is not None:
+                model = reference_rows(model, number, style.picture, style.share, style.temperature, style.layers)
         super().__init__(model)
         self._patches = [self._patches_of(style, name) for style, name in zip(styles, self.names)]
 
@@ -75,10 +79,10 @@ class MultiStyleGuider(comfy.samplers.CFGGuider):
             return super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
 
     def _mask(self, style: StyleEntry, noise: Tensor) -> Tensor:
-        """(B, H, W) on the latent grid, in [0, 1]. A style of features has its strength here, a LoRA in its update."""
+        """(B, H, W) on the latent grid, in [0, 1]. A style of features or a picture has its strength here, a LoRA in its update."""
         batch, (height, width) = noise.shape[0], noise.shape[-2:]
         mask = torch.ones(1, 1, 1) if style.mask is None else resize_mask(style.mask, height, width).clamp(0, 1)
-        strength = 1.0 if style.features is None else min(max(style.strength, 0.0), 1.0)
+        strength = 1.0 if style.features is None and style.picture is None else min(max(style.strength, 0.0), 1.0)
         return (strength * mask).expand(batch, height, width)
 
 
@@ -88,8 +92,8 @@ def lora_names() -> list[str]:
 
 
 def style_entry(lora_name: str, **fields: Any) -> StyleEntry:
-    """Style Entry: at most one of a LoRA file, lora, model and features. Raises ValueError for several, or a bad range."""
-    given = [name for name in ("lora", "model", "features") if fields[name] is not None]
+    """Style Entry: at most one of a LoRA file, lora, model, features and a picture. Raises ValueError for several, or a bad range."""
+    given = [name for name in ("lora", "model", "features", "picture") if fields.get(name) is not None]
     given += ["lora_name"] if lora_name != "none" else []
     if len(given) > 1:
         raise ValueError(f"A style has one source, got {' and '.join(given)}. Use one Style Entry for each.")

@@ -18,7 +18,7 @@ from ..networks.marks import mark_injected
 from ..networks.rotary import has_no_rotation, rotary_layout
 from ..networks.unet import adapt_unet
 from .run import KEY, StyleReferences
-from .settings import Cures, Reference, Source
+from .settings import DEFAULT_PRESET, PRESETS, Cures, Reference, Source
 from .sources import PictureSource, TrajectorySource
 
 NAME = "Style Reference"
@@ -44,11 +44,13 @@ def style_reference(
     style_positive: list | None = None,
     noise_seed: int = 0,
     cures: Cures = Cures(),
+    row_style: int | None = None,
 ) -> Any:
     """`model` whose picture tokens also see the keys and values of reference rows that run beside it.
 
     style: a LATENT of one or several pictures; style_trajectory: their inversion, which then gives the rows.
-    Returns an unpatched clone where nothing would change. Raises ValueError for settings that do not fit.
+    row_style: see Reference. Returns an unpatched clone where nothing would change. Raises ValueError for settings that
+    do not fit.
     """
     if share not in SHARES:
         raise ValueError(f'share: got "{share}", choose among {", ".join(SHARES)}.')
@@ -73,10 +75,19 @@ def style_reference(
         mask=mask, places=places, layers=numbers,
         sigmas=sigma_range(sampling, start_percent, end_percent),
         noise_seed=noise_seed, family=family, cures=cures, rotary=rotary, unrotated=unrotated,
+        row_style=row_style,
     )
     StyleReferences((*references_of(model), reference)).install(patched)
     mark_injected(patched, NAME)
     return patched
+
+
+def reference_rows(model: Any, number: int, picture: dict, share: str, temperature: float, layers: str) -> Any:
+    """`model` whose rows of the Multi-Style Guider's style `number` see a picture, with Style Reference's defaults."""
+    return style_reference(
+        model, picture, None, None, share=share, gamma=0.0, gamma_end=0.0, schedule="constant", temperature=temperature, strength=1.0,
+        layers=layers, start_percent=0.0, end_percent=1.0, cures=PRESETS[DEFAULT_PRESET], row_style=number,
+    )
 
 
 def references_of(model: Any) -> tuple[Reference, ...]:

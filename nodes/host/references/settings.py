@@ -42,6 +42,7 @@ PRESETS = {
     "more style": Cures(key_scale=1.1, untwist_high=0.5, untwist_low=1.3, token_adain=0.5),
     "plain": Cures(),
 }
+DEFAULT_PRESET = "balanced"
 
 
 @dataclass(frozen=True)
