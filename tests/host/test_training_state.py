@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from support.models import tiny_cond, tiny_unet
+from support.training import same
 
 from pastiche.nodes.host.training import loop
 from pastiche.nodes.host.training import state as training_state
@@ -39,10 +40,6 @@ def train(model, folder):
         return train_for_node(model, cond, latents, None, None, settings, name)
 
     return run
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_resume_counts_only_the_steps_that_fp16_took(train, monkeypatch):

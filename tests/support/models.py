@@ -69,6 +69,7 @@ def tiny_unet(
     context_dim: int = 32,
     heads: int = 2,
     in_channels: int = 4,
+    out_channels: int | None = None,
     cast: torch.dtype | None = None,
     **options,
 ) -> comfy.model_patcher.ModelPatcher:
@@ -101,7 +102,7 @@ def tiny_unet(
             "use_spatial_transformer": True,
             "legacy": False,
             "in_channels": in_channels,
-            "out_channels": in_channels,
+            "out_channels": out_channels or in_channels,
             "model_channels": channels,
             "num_res_blocks": list(res_blocks),
             "channel_mult": list(mult),

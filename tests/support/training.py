@@ -2,7 +2,8 @@
 
     trainable("flux", torch.float16, cast=torch.float32)     MODEL for the device under test
     on_cpu(model)                                            the same weights as a MODEL on the CPU
-    gradients(model, "flux")                                 those of the first training step, float64, CPU
+    gradients(model)                                         those of the first training step, float64, CPU
+    train(model, steps=3)                                    a whole training
 """
 
 from __future__ import annotations
@@ -68,6 +69,21 @@ def cond_of(model: comfy.model_patcher.ModelPatcher) -> list:
 def image_of(model: comfy.model_patcher.ModelPatcher, count: int = 1) -> TrainingImages:
     channels = model.model.latent_format.latent_channels
     return TrainingImages(torch.randn(1, count, channels, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def images(count: int = 1, size: int = 8, seed: int = 0, std: torch.Tensor | None = None) -> TrainingImages:
+    """For `tiny_unet`."""
+    return TrainingImages(torch.randn(1, count, 4, size, size, generator=torch.Generator().manual_seed(seed)), std)
+
+
+def train(model, data=None, cond=None, report=lambda *args: None, **settings) -> loop.TrainedLoRA:
+    """Three steps on a `tiny_unet`, unless told otherwise."""
+    settings = {"steps": 3, "rank": 2, "learning_rate": 1e-2, "seed": 5, **settings}
+    return loop.train_style_lora(model, data or images(), cond or tiny_cond(model), loop.TrainingSettings(**settings), report)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def gradients(model: comfy.model_patcher.ModelPatcher, cond: list | None = None, count: int = 1, **settings) -> list[torch.Tensor]:
