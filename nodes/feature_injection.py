@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .host.injections.content import MODES, inject_features
-from .sockets import FeaturesSocket
+from .host.references.install import borrow_structure
+from .sockets import FeaturesSocket, TrajectorySocket
 
 CATEGORY = "pastiche/diffstyler"
 
@@ -24,7 +25,7 @@ class FeatureInjection(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with; load the style LoRA before this node."),
                 FeaturesSocket.Input(
-                    "content",
+                    "content", optional=True,
                     tooltip='The content\'s features, captured with the model without LoRA: streams "residual, '
                     'self_attention_qk, cross_attention", layers "3-11" (SD1.x).',
                 ),
@@ -55,15 +56,26 @@ class FeatureInjection(io.ComfyNode):
                     "mode", options=list(MODES), default="override", advanced=True,
                     tooltip="override: the paper. blend: the official code, queries and keys mixed by min(1, 2t/1000).",
                 ),
+                TrajectorySocket.Input(
+                    "trajectory", optional=True,
+                    tooltip="On transformers instead of content: the content's DDIM Inversion, whose row runs beside the sample.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the content's structure in its pass.")],
         )
 
     @classmethod
     def execute(
-        cls, model, content, feature_steps=0.6, attention_steps=0.5, feature_layers="auto",
+        cls, model, content=None, feature_steps=0.6, attention_steps=0.5, feature_layers="auto",
         self_attention_layers="auto", cross_attention_layers="auto", mode="override",
+        trajectory=None,
     ) -> io.NodeOutput:
+        if trajectory is not None:
+            return io.NodeOutput(borrow_structure(
+                model, trajectory, feature_steps, attention_steps, feature_layers, self_attention_layers, mode
+            ))
+        if content is None:
+            raise ValueError("content: connect the features of Capture Features (U-Nets), or on a transformer a trajectory.")
         return io.NodeOutput(inject_features(
             model, content, feature_steps, attention_steps,
             feature_layers, self_attention_layers, cross_attention_layers, mode,

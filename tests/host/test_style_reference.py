@@ -1,31 +1,21 @@
 """Style Reference on every family: the spans it finds, and what must not change."""
 
-import functools
 from dataclasses import replace
 
 import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy.patcher_extension import WrappersMP
 from pastiche.nodes.host.references.install import style_reference
 from pastiche.nodes.host.references.layout import SLOT, Probe
-from pastiche.nodes.host.references.run import KEY, ReferenceRun
-from pastiche.nodes.host.references.sources import PictureSource, condition_rows, seeded_noise
-from support.families import FAMILIES, family, family_cond, family_latent, tiny_model
+from pastiche.nodes.host.references.run import KEY
+from pastiche.nodes.host.references.sources import PictureSource, seeded_noise
+from support.families import FAMILIES, family, family_cond, family_latent
+from support.forwards import Rows, cond_of, forward, model_of
 
 EVERY = (*FAMILIES, "sd15")
 SEVERAL = ("flux", "sd35_medium", "qwen_image", "z_image", "omnigen2", "lens", "wan", "sd15")
-
-
-@functools.lru_cache(maxsize=None)
-def model_of(name):
-    return tiny_model(name)
-
-
-@functools.lru_cache(maxsize=None)
-def cond_of(name):
-    return family_cond(name, model=model_of(name))
 
 
 def referenced(name, latent, **settings):
@@ -49,21 +39,6 @@ def faded(patched):
     return patched
 
 
-def forward(name, x, patched=None, share=0.7, extra=None, text=None):
-    """One denoised prediction, as a sampler's step asks for it; `extra` sees every batch that reaches the network."""
-    model = (patched or model_of(name)).model
-    sigma = torch.tensor([float(model.model_sampling.percent_to_sigma(1 - share))])
-    options = {"cond_or_uncond": [0], "uuids": [0], "sigmas": sigma, "sample_sigmas": torch.tensor([float(sigma), 0.0]), KEY: ReferenceRun(tuple(x.shape))}
-    if patched is not None:
-        options["wrappers"] = {kind: dict(wrappers) for kind, wrappers in patched.wrappers.items()}
-    if extra is not None:
-        add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", extra, options)
-    conditions = condition_rows(model, text or cond_of(name), x[:1])
-    kwargs = {key: value.repeat(len(x), *[1] * (value.ndim - 1)) if isinstance(value, torch.Tensor) and value.ndim else value for key, (value, _) in conditions.items()}
-    with torch.no_grad():
-        return model.apply_model(x, sigma.expand(len(x)), transformer_options=options, **kwargs)
-
-
 def noised(name, latent, seed=0, share=0.7):
     """The latent as the reference's rows see it at that step, with the reference's own noise."""
     model = model_of(name).model
@@ -83,19 +58,6 @@ def draw(name, patched, steps=2, cfg=3.0, seed=5, batch=1, extra=None):
         model, noise, cfg, comfy.samplers.sampler_object("euler"), sigmas, cond_of(name), family_cond(name, seed=1, model=model),
         torch.zeros_like(noise), disable_pbar=True, seed=0,
     )
-
-
-class Rows:
-    """Counts the rows that reach the network."""
-
-    def __init__(self):
-        self.count, self.outputs = 0, []
-
-    def __call__(self, executor, x, *args, **kwargs):
-        self.count += x.shape[0]
-        out = executor(x, *args, **kwargs)
-        self.outputs.append(out)
-        return out
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -12,13 +12,13 @@ from torch import Tensor
 from ...algorithms.layers import parse_layers
 from ...algorithms.references import SCHEDULES, SHARES
 from ...sockets import Trajectory
-from ..injections.schedule import sigma_range
+from ..injections.schedule import Schedule, SigmaRange, sigma_range
 from ..networks.fingerprint import fingerprint, require_same_model
 from ..networks.marks import mark_injected
 from ..networks.rotary import has_no_rotation, rotary_layout
 from ..networks.unet import adapt_unet
 from .run import KEY, StyleReferences
-from .settings import DEFAULT_PRESET, PRESETS, Cures, Reference, Source
+from .settings import DEFAULT_PRESET, PRESETS, Borrow, Cures, Reference, Source
 from .sources import PictureSource, TrajectorySource
 
 NAME = "Style Reference"
@@ -88,6 +88,34 @@ def reference_rows(model: Any, number: int, picture: dict, share: str, temperatu
         model, picture, None, None, share=share, gamma=0.0, gamma_end=0.0, schedule="constant", temperature=temperature, strength=1.0,
         layers=layers, start_percent=0.0, end_percent=1.0, cures=PRESETS[DEFAULT_PRESET], row_style=number,
     )
+
+
+def borrow_structure(
+    model: Any, content: Trajectory, feature_steps: float, attention_steps: float, feature_layers: str, attention_layers: str, mode: str
+) -> Any:
+    """`model`, a transformer, whose picture tokens take queries and keys, and attention outputs, from the content's own row
+    in the first steps. The row runs in `model` itself, LoRAs included.
+
+    Returns an unpatched clone where nothing would change. Raises ValueError for U-Nets and settings that do not fit.
+    """
+    family = type(model.model.model_config).__name__
+    if adapt_unet(model) is not None:
+        raise ValueError(f"trajectory: it is for transformers; {family} is a U-Net: connect the features of Capture Features to content.")
+    require_same_model(fingerprint(model), content.fingerprint, "The trajectory's latents")
+    layers = [frozenset() if text.strip().lower() in ("none", "") else _layers(model, text)[1] for text in (attention_layers, feature_layers)]
+    patched = model.clone()
+    nowhere = frozenset()
+    if (attention_steps <= 0 or layers[0] == nowhere) and (feature_steps <= 0 or layers[1] == nowhere):
+        return patched
+    borrow = Borrow(Schedule(content.schedule), attention_steps, feature_steps, *layers, mode == "blend")
+    reference = Reference(
+        styles=(), content=TrajectorySource(content, tuple(range(content.batch))), share="replace", gamma=0.0, gamma_end=0.0,
+        schedule="constant", temperature=1.0, strength=1.0, mask=None, places=None, layers=None, sigmas=SigmaRange(), noise_seed=0,
+        family=family, borrow=borrow,
+    )
+    StyleReferences((*references_of(model), reference)).install(patched)
+    mark_injected(patched, "Feature Injection")
+    return patched
 
 
 def references_of(model: Any) -> tuple[Reference, ...]:

@@ -86,7 +86,7 @@ class StyleReferences:
         for reference in self.references:
             for source in reference.sources:
                 if isinstance(source, TrajectorySource):
-                    source.check("content" if source is reference.content else "style_trajectory", sigmas, reference.sigmas)
+                    source.check(reference.content_input if source is reference.content else "style_trajectory", sigmas, reference.sigmas)
             if reference.mask is not None and len(as_batch(reference.mask)) not in (1, batch):
                 raise ValueError(f"mask: {len(as_batch(reference.mask))} masks for {batch} samples; connect one mask or {batch}.")
             if reference.content is None:
@@ -94,13 +94,13 @@ class StyleReferences:
             trajectory = reference.content.trajectory
             if trajectory.batch not in (1, batch):
                 raise ValueError(
-                    f"content: {trajectory.batch} inverted images cannot be shared among {batch} samples; "
+                    f"{reference.content_input}: {trajectory.batch} inverted images cannot be shared among {batch} samples; "
                     "invert one image, or as many as the sampled latent holds."
                 )
             own, size = trajectory.latents.shape[3:], noise.shape[2:]
             if own != size:
                 raise ValueError(
-                    f"content: its latent is {'x'.join(map(str, own))} (height x width), the sampled one "
+                    f"{reference.content_input}: its latent is {'x'.join(map(str, own))} (height x width), the sampled one "
                     f"{'x'.join(map(str, size))}. Invert and sample the content at one size (the style may differ)."
                 )
 
@@ -122,13 +122,15 @@ class _Forward:
         layout = self.run_state.memo(("layout", self._signature()), lambda: self._find_layout(active[0].family))
         parts, added = [], _Added(self.rows, self.samples)
         for reference in active:
-            calls, chunks = chosen_calls(reference, layout), self._chunks_of(reference)
+            calls, chunks = chosen_calls(reference, layout, float(self.t.flatten()[0])), self._chunks_of(reference)
             if not calls or not chunks:
                 continue
             places = [added.place(source, reference.noise_seed, chunks) for source in reference.sources]
             content = places.pop() if reference.content is not None else None
             rows = None if len(chunks) == len(self.chunks) else added.rows_of(chunks)
-            parts.append(Part(reference, rows, tuple(self._kind(self.chunks[chunk]) for chunk in chunks), tuple(places), content, calls))
+            kinds = tuple(self._kind(self.chunks[chunk]) for chunk in chunks)
+            borrowed = borrowed_calls(reference, layout, float(self.t.flatten()[0]))
+            parts.append(Part(reference, rows, kinds, tuple(places), content, calls, *borrowed))
         if not parts:
             return self._execute(self.x, self.t, self.conditions, self.control, self.options)
         shape = tuple(self.x.shape[2:])
@@ -245,19 +247,33 @@ class _Added:
         return self.places[key]
 
 
-def chosen_calls(reference: Reference, layout: Layout) -> frozenset[int]:
+def borrowed_calls(reference: Reference, layout: Layout, sigma: float) -> tuple[frozenset[int], frozenset[int]]:
+    """Indices of the calls where the content's queries and keys are borrowed, and of those where its outputs are."""
+    if reference.borrow is None:
+        return frozenset(), frozenset()
+    numbers = layout.numbers
+    attention, features = reference.borrow.layers(sigma, len(numbers))
+    _require_layers(reference, attention | features, len(numbers))
+    return tuple(frozenset(index for index, number in numbers.items() if number in chosen) for chosen in (attention, features))
+
+
+def chosen_calls(reference: Reference, layout: Layout, sigma: float = 0.0) -> frozenset[int]:
     """Indices of the attention calls that `reference` acts in. Raises ValueError for layers that the model lacks."""
     numbers = layout.numbers
+    if reference.borrow is not None:
+        return frozenset().union(*borrowed_calls(reference, layout, sigma))
     if reference.places is not None:
         return frozenset(index for index in numbers if layout.calls[index].place in reference.places)
     if reference.layers is None:
         return frozenset(index for index, number in numbers.items() if 3 * number >= len(numbers))
-    missing = [number for number in reference.layers if number >= len(numbers)]
-    if missing:
-        raise ValueError(
-            f"layers: {reference.family} has {len(numbers)} attention layers about the picture, 0-{len(numbers) - 1}; got {max(missing)}."
-        )
+    _require_layers(reference, reference.layers, len(numbers))
     return frozenset(index for index, number in numbers.items() if number in reference.layers)
+
+
+def _require_layers(reference: Reference, layers: frozenset[int], count: int) -> None:
+    missing = [number for number in layers if number >= count]
+    if missing:
+        raise ValueError(f"layers: {reference.family} has {count} attention layers about the picture, 0-{count - 1}; got {max(missing)}.")
 
 
 def _first_rows(value: Any, rows: int, wanted: int) -> Any:

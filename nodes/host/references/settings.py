@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...algorithms.references import RotaryLayout
-from ..injections.schedule import SigmaRange
+from ..injections.schedule import Schedule, SigmaRange
 from .sources import PictureSource, TrajectorySource
 
 Source = PictureSource | TrajectorySource
@@ -46,6 +46,32 @@ DEFAULT_PRESET = "balanced"
 
 
 @dataclass(frozen=True)
+class Borrow:
+    """What the sample takes from the content's own row in the first steps (plug-and-play, DiffStyler), instead of styles.
+
+    attention_steps, feature_steps: shares of the schedule that the content was inverted with. attention_layers (queries
+    and keys), feature_layers (attention outputs): numbers of image calls, empty for nowhere, None for auto: all of them,
+    and the middle third.
+    """
+
+    schedule: Schedule
+    attention_steps: float
+    feature_steps: float
+    attention_layers: frozenset[int] | None
+    feature_layers: frozenset[int] | None
+    blends: bool
+
+    def layers(self, sigma: float, count: int) -> tuple[frozenset[int], frozenset[int]]:
+        """(attention, features) at this noise level, of `count` image calls."""
+        attention = frozenset(range(count)) if self.attention_layers is None else self.attention_layers
+        features = frozenset(range(count // 3, 2 * count // 3)) if self.feature_layers is None else self.feature_layers
+        return tuple(
+            numbers if self.schedule.within(sigma, share) else frozenset()
+            for numbers, share in ((attention, self.attention_steps), (features, self.feature_steps))
+        )
+
+
+@dataclass(frozen=True)
 class Reference:
     """One Style Reference node: settings only, nothing of a run.
 
@@ -53,6 +79,7 @@ class Reference:
     places: (block, number) in U-Nets, or None; layers: numbers of image calls, or None for the last two thirds.
     sigmas: the range it acts in. mask: (B or 1, H, W). rotary: how the network turns its keys.
     row_style: number of the Multi-Style Guider's style whose rows alone it acts on.
+    borrow: what the content gives apart from styles; there are none then.
     """
 
     styles: tuple[tuple[Source, float], ...]
@@ -73,6 +100,12 @@ class Reference:
     rotary: RotaryLayout | None = None
     unrotated: bool = False
     row_style: int | None = None
+    borrow: Borrow | None = None
+
+    @property
+    def content_input(self) -> str:
+        """The node's input that the content came by."""
+        return "content" if self.borrow is None else "trajectory"
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -8,6 +8,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
+from ...algorithms.diffstyler import blend_share, override_or_blend
 from ...algorithms.masks import resize_mask
 from ...algorithms.references import (
     Span,
@@ -43,6 +44,8 @@ class Part:
     styles: tuple[slice, ...]
     content: slice | None
     calls: frozenset[int]
+    attention: frozenset[int] = frozenset()  # of these, where the content's queries and keys are borrowed
+    features: frozenset[int] = frozenset()  # and where its outputs are
 
 
 class Sharing:
@@ -75,6 +78,11 @@ class Sharing:
             return attend(q, k, v, heads, **kwargs)
         own, others = slice(0, self._rows), slice(self._rows, None)
         mask, batch = kwargs.pop("mask", None), q.shape[0]
+        borrowing = [part for part in parts if part.reference.borrow is not None]
+        parts = [part for part in parts if part.reference.borrow is None]
+        for part in borrowing:
+            if index in part.attention:
+                q, k = (self._borrowed(x, part, call.span, axis) for x in (q, k))
 
         def plain() -> Tensor:
             return attend(q[own], k[own], v[own], heads, **kwargs, mask=_rows_of(mask, own, batch, heads))
@@ -93,8 +101,20 @@ class Sharing:
             out = plain() if out is None else out
             where = list(rows)
             out = out.index_copy(0, torch.tensor(where, device=out.device), mix_styles(out[where], styled, weights))
-        rest = attend(q[others], k[others], v[others], heads, **kwargs, mask=_rows_of(mask, others, batch, heads))
-        return torch.cat([out, rest])
+        out = plain() if out is None else out
+        out = torch.cat([out, attend(q[others], k[others], v[others], heads, **kwargs, mask=_rows_of(mask, others, batch, heads))])
+        for part in borrowing:
+            if index in part.features:
+                out = self._borrowed(out, part, call.span, 2 if kwargs.get("skip_output_reshape") else 1)
+        return out
+
+    def _borrowed(self, x: Tensor, part: Part, span: Span, axis: int) -> Tensor:
+        """The batch with the content's picture tokens on the sample's rows."""
+        first, end = span
+        own, content = (x[rows].narrow(axis, first, end - first) for rows in (slice(0, self._rows), part.content))
+        share = blend_share(1000 * (1 - self._progress)) if part.reference.borrow.blends else 1.0
+        changed = change_tokens(x[: self._rows], span, override_or_blend(own, content, share), axis)
+        return torch.cat([changed, x[self._rows :]])
 
     def _styled(
         self, attend: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, kwargs: dict, mask: Tensor | None,
