@@ -29,6 +29,59 @@ def nag(model, scale=3.0):
     return NAGuidance.execute(model, scale, 0.5, 1.5).result[0]
 
 
+def easycache(model, threshold=5.0):
+    """Skips every step it may."""
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    return EasyCacheNode.execute(model, threshold, 0.0, 1.0, False).result[0]
+
+
+def lazycache(model, threshold=5.0):
+    from comfy_extras.nodes_easycache import LazyCacheNode
+
+    return LazyCacheNode.execute(model, threshold, 0.0, 1.0, False).result[0]
+
+
+def tome(model, ratio=0.5):
+    from comfy_extras.nodes_tomesd import TomePatchModel
+
+    return TomePatchModel.execute(model, ratio).result[0]
+
+
+def deep_shrink(model):
+    from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+
+    return PatchModelAddDownscale.execute(model, 3, 2.0, 0.0, 1.0, True, "bilinear", "bilinear").result[0]
+
+
+def hypertile(model):
+    """Cuts a (64, 32) latent's queries into tiles of 32 x 32."""
+    from comfy_extras.nodes_hypertile import HyperTile
+
+    return HyperTile.execute(model, 256, 2, 0, False)[0]
+
+
+def compiled(model):
+    """TorchCompileModel's shape: core's wrapper around code that keeps the patches of its first run (core drops the
+    guards on transformer_options). The code is the eager network's."""
+    from comfy.patcher_extension import WrappersMP
+    from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, apply_torch_compile_factory
+
+    network, first = model.model.diffusion_model, {}
+
+    class Traced(torch.nn.Module):
+        dtype = network.dtype
+
+        def forward(self, x, t, context=None, control=None, transformer_options={}, **kwargs):
+            for name in ("patches", "patches_replace"):
+                first.setdefault(name, transformer_options.get(name, {}))
+            return network(x, t, context=context, control=control, transformer_options={**transformer_options, **first}, **kwargs)
+
+    patched = model.clone()
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY, apply_torch_compile_factory({"diffusion_model": Traced()}))
+    return patched
+
+
 def blurred_queries(model, scale=20.0):
     """Smoothed energy guidance's shape: an extra pass whose middle attention has averaged queries, told by chunk."""
 

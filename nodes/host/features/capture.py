@@ -16,6 +16,7 @@ from ..networks.fingerprint import fingerprint, require_same_model
 from ..networks.adapter import NetworkAdapter
 from ..networks.families import find_adapter
 from ..networks.marks import require_plain
+from ..networks.neighbours import size_changers
 from ..trajectories.inversion import noise_latent, walk_latent
 from .stores import FileStore, FileWriter, MemoryStore, Shapes, readable_size, temporary_path
 
@@ -71,7 +72,10 @@ def record(
     patched = model.clone()
     step = 0
 
+    shapes = feature_shapes(find_adapter(patched), keys, trajectory)
+
     def emit(key: FeatureKey, tensor: torch.Tensor) -> None:
+        require_shape(model, key, tensor, shapes[key])
         write(key, step, tensor[: trajectory.batch])
 
     find_adapter(patched).capture(patched.model_options["transformer_options"], keys, emit)
@@ -85,6 +89,16 @@ def record(
         return x
 
     walk_latent(patched, noise_latent(model, trajectory), trajectory.conditioning, trajectory.schedule, walk)
+
+
+def require_shape(model: ModelPatcher, key: FeatureKey, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError where a network runs on another grid than its latent's, as some nodes have it do."""
+    if tensor.shape[1:] != shape[1:] and key.stream != "cross_attention_k":
+        causes = " and ".join(size_changers(model.model_options)) or "Another node on it"
+        raise ValueError(
+            f"model: {key.stream} of {key.block} {key.number} is {tuple(tensor.shape[1:])} where {tuple(shape[1:])} is expected. "
+            f"{causes} changes the grid: connect the model from before that node here."
+        )
 
 
 def open_writer(

@@ -11,7 +11,7 @@ from ...sockets import FeatureBank, FeatureKey, Trajectory
 from ..networks.families import find_adapter
 from ..trajectories.inversion import invert
 from ..trajectories.noise import no_output
-from .capture import discard, finished, open_writer
+from .capture import discard, feature_shapes, finished, open_writer, require_shape
 
 
 class OnTheWay:
@@ -29,6 +29,7 @@ class OnTheWay:
         adapter = find_adapter(model)
         self.keys = tuple(adapter.keys(streams, layers))
         self._batch, self._missing = start.batch, dict.fromkeys(range(1, start.steps + 1))
+        self._model, self._shapes = model, feature_shapes(adapter, self.keys, start)
         self.writer = open_writer(model, self.keys, start, memory, precision)
         adapter.capture(model.model_options["transformer_options"], self.keys, self._emit)
 
@@ -41,6 +42,7 @@ class OnTheWay:
 
     def _emit(self, key: FeatureKey, tensor: torch.Tensor) -> None:
         if self._step:
+            require_shape(self._model, key, tensor, self._shapes[key])
             self.writer.write(key, self._step, tensor[: self._batch])
 
 

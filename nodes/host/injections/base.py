@@ -14,6 +14,7 @@ from ...sockets import FeatureBank, FeatureKey, Trajectory
 from ..networks.adapter import RUN, parse_streams
 from ..networks.fingerprint import fingerprint, require_same_model
 from ..networks.marks import mark_injected
+from ..networks.neighbours import run_uncompiled
 from .run import SamplingRun
 from .schedule import SAME_SIGMA, nearest
 
@@ -130,6 +131,7 @@ class Injection:
     def _outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
         self._check(guider, noise, sigmas)
+        run_uncompiled(guider.model_patcher, guider.model_options)
         options = guider.model_options["transformer_options"]
         owner = RUN not in options
         run = options.setdefault(RUN, SamplingRun(guider))

@@ -112,7 +112,7 @@ class ContentPatches(Injection):
         if feature.shape[-2:] != skip.shape[-2:]:
             raise ValueError(
                 f"content: {place[0]} {place[1]} has a {feature.shape[-1]}x{feature.shape[-2]} grid, the sample "
-                f"{skip.shape[-1]}x{skip.shape[-2]}. Conditions with an area cannot be combined with Feature Injection: use masks."
+                f"{skip.shape[-1]}x{skip.shape[-2]}. {run.why_other_size(self.name)}"
             )
         return skip + feature
 
@@ -155,7 +155,7 @@ class ContentPatches(Injection):
                 f"content: {stream} of {slot[0]} {slot[1]} has {feature.shape[1]} tokens, the sample {like.shape[1]}. "
                 + ("Invert the content with a prompt of as many tokens, or set cross_attention_layers to none."
                    if stream == "cross_attention_k" else
-                   "Conditions with an area and token merging cannot be combined with Feature Injection.")
+                   current_run(options).why_other_size(self.name))
             )
         return feature.repeat(1, repeat, 1) if repeat > 1 else feature
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from ...algorithms.masks import resize_mask
 from ...algorithms.slerp import masked_slerp, resize_features, slerp
 from ...sockets import FeatureBank, FeatureKey
 from ..networks.families import find_adapter
+from ..networks.neighbours import CACHES, leave_out
 from .base import Injection, Source
 from .run import SamplingRun, current_run
 from .schedule import Schedule, current_sigma
@@ -43,6 +45,12 @@ class HSpacePatches(Injection):
 
     def patch(self, model: ModelPatcher) -> None:
         model.set_model_patch(self, "middle_block_after_patch")
+
+    def check(self, guider: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> None:
+        """Steps over core's caches: what they keep is of steps with another share injected, or of none."""
+        left = leave_out(guider.model_options, CACHES)
+        if left:
+            logging.warning("Pastiche: %s skips no steps in a run with h-space Slerp, whose injection it would lose.", " and ".join(left))
 
     def share(self, options: dict) -> float:
         """The gamma of the step that `options` (a forward's transformer_options) belongs to; 0 where nothing is due."""

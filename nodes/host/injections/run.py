@@ -18,6 +18,7 @@ from ..features.capture import feature_shapes, record, storage_dtype
 from ..features.stores import MemoryStore, readable_size
 from ..networks.adapter import RUN, NetworkAdapter
 from ..networks.families import find_adapter
+from ..networks.neighbours import plain_pass, why_other_size
 from .schedule import SAME_SIGMA, Schedule, nearest
 
 CONDITIONAL = 0  # core's number of the positive condition in `cond_or_uncond`, where nothing else is known
@@ -89,6 +90,14 @@ class SamplingRun:
         slots = self._guider.model_options["transformer_options"].get("patches_replace", {}).get(kind, {})
         return slots.get(place, slots.get(place[:2]))
 
+    def why_other_size(self, what: str) -> str:
+        """For a refusal: why the network sees another number of tokens, and what to do."""
+        return why_other_size(self.model_options, what)
+
+    @property
+    def model_options(self) -> dict:
+        return self._guider.model_options
+
     @property
     def adapter(self) -> NetworkAdapter:
         return self.memo("adapter", lambda: find_adapter(self._guider.model_patcher))
@@ -112,6 +121,7 @@ class _BankReader:
         self._step = 0
         self._tensors: dict[FeatureKey, torch.Tensor] = {}
         self._conds: list | None = None
+        self._plain: ModelPatcher | None = None
         self._warned = False
 
     def prepare(self, guider: comfy.samplers.CFGGuider) -> None:
@@ -156,7 +166,8 @@ class _BankReader:
 
     def _recompute(self, guider: comfy.samplers.CFGGuider) -> None:
         """Runs the reference latent of this step through the model being sampled, with the bank's own options."""
-        trajectory, model = self.bank.trajectory, self.bank.model
+        self._plain = self._plain or plain_pass(self.bank.model)
+        trajectory, model = self.bank.trajectory, self._plain
         device = guider.model_patcher.load_device
         latent = trajectory.latents[self._step].to(device)
         sigma = trajectory.sigmas[self._step].to(device).expand(trajectory.batch)

@@ -97,7 +97,7 @@ class StylePatches(Injection):
         if content is not None and content.shape != query.shape:
             raise ValueError(
                 f"content: the sampler asks for {query.shape[1]} tokens, the content's features have {content.shape[1]}. "
-                "Conditions with an area cannot be combined with query preservation: use masks, or leave content out."
+                f"{run.why_other_size('query preservation')} Or leave content out."
             )
         return injected_query(query, content, self._gamma(run, options), self.temperature)
 

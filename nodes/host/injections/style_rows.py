@@ -59,7 +59,10 @@ class RowPatches(Injection):
                 continue
             feature = self._of_rows(run.feature(style.features, key, current_sigma(options), own), index, rows, options)
             if feature.shape[1] != own.shape[1]:
-                raise ValueError(f"{self.names[number]}: conditions with an area cannot be combined with style features: use masks.")
+                raise ValueError(
+                    f"{self.names[number]}: its features have {feature.shape[1]} tokens, the sampler asks for {own.shape[1]}. "
+                    + run.why_other_size("a style's features")
+                )
             where = torch.tensor(index, device=own.device)
             query = query.index_copy(0, where, style.temperature * own[where])
             keys, values = keys.index_copy(0, where, feature), values.index_copy(0, where, feature)

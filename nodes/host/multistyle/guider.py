@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...algorithms.masks import resize_mask
 from ...sockets import StyleEntry
+from ..networks.neighbours import run_uncompiled
 from ..injections.style_rows import RowPatches
 from ..references.install import reference_rows
 from .lora_batch import BatchedStyles
@@ -74,6 +75,7 @@ class MultiStyleGuider(comfy.samplers.CFGGuider):
             device, self.inner_model.get_dtype_inference(),
         )
         if self.styles:
+            run_uncompiled(self.model_patcher, self.model_options)
             StyleMixture(self, batch, masks, ranges, self.overlap).install(self.model_options)  # the run's own copy
         with batch.attached():
             return super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)

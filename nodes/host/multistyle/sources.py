@@ -10,7 +10,7 @@ import comfy.lora_convert
 from torch import Tensor
 
 from ..networks.marks import MARK, injected_by
-from ..networks.neighbours import is_ours
+from ..networks.neighbours import is_ours, owner_of
 
 Patches = dict[str, list[tuple]]
 """Weight patches of a style by key, in ModelPatcher's form (strength, patch, strength_model, offset, function)."""
@@ -99,7 +99,7 @@ def _extras(model: Any, styled: Any) -> Iterator[str]:
     for kind in ("wrappers", "callbacks"):
         for hook, groups in getattr(styled, kind).items():
             own = [entry for group in getattr(model, kind).get(hook, {}).values() for entry in group]
-            yield from (f"{hook} of {_owner(entry)}" for group in groups.values() for entry in group if not _among(entry, own) and not is_ours(entry))
+            yield from (f"{hook} of {owner_of(entry)}" for group in groups.values() for entry in group if not _among(entry, own) and not is_ours(entry))
     for kind in ("object_patches", "injections", "hook_patches", "additional_models", "weight_wrapper_patches"):
         ours = getattr(model, kind)
         yield from (
@@ -117,9 +117,9 @@ def _options(ours: Any, theirs: dict) -> Iterator[str]:
         if isinstance(value, dict):
             yield from _options(own, value)
         elif isinstance(value, (list, tuple)):
-            yield from (f"{key} of {_owner(entry)}" for entry in value if not _among(entry, own or ()) and not is_ours(entry))
+            yield from (f"{key} of {owner_of(entry)}" for entry in value if not _among(entry, own or ()) and not is_ours(entry))
         elif not _same(own, value):
-            yield f"{key} of {_owner(value)}" if callable(value) else str(key)
+            yield f"{key} of {owner_of(value)}" if callable(value) else str(key)
 
 
 def _among(entry: Any, others: Any) -> bool:
@@ -131,9 +131,3 @@ def _same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_same, a, b))
     simple = (str, int, float, bool, type(None))
     return a is b or (isinstance(a, simple) and isinstance(b, simple) and a == b)
-
-
-def _owner(patch: Any) -> str:
-    """Which node a function belongs to, as well as its code tells: "PerturbedAttentionGuidance"."""
-    name = getattr(patch, "__qualname__", type(patch).__qualname__)
-    return name.split(".")[0]

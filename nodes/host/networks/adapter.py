@@ -49,6 +49,7 @@ class Running(Protocol):
     """What patches may know of the sampling run that a forward belongs to."""
 
     adapter: NetworkAdapter  # of the network that runs, which need not be the object that the patches were made for
+    model_options: dict  # of the run
 
     def replaced_attention(self, kind: str, slot: tuple) -> Callable | None:
         """Another node's attn1/attn2 replacement at a slot, if there is one: patches' options lack `patches_replace`."""

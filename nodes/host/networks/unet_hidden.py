@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...algorithms.styleid import blend
 from .adapter import RUN, Attended, ChangeHidden
+from .neighbours import why_other_size
 
 CHANGES = "pastiche_changes"  # in the options of one transformer block's forward: the changes made to it so far
 
@@ -31,6 +32,7 @@ class HiddenPatch:
         replacement = self._change(own, inputs, options)
         if replacement is None:
             return inputs
+        _require_tokens(replacement.weight, own.shape[1], options)
         options[CHANGES] = (*changes, _Change(inputs, replacement.weight, replacement.passes))
         return replacement.inputs
 
@@ -53,8 +55,17 @@ class HiddenPatch:
             if count == 0:
                 return out
             before, weight, passes = changes[count - 1]
+            if weight is not None:
+                _require_tokens(before.query, out.shape[1], options)
             if weight is None or (passes and all(change.weight is None for change in changes[: count - 1])):
                 return out
             return blend(result(count - 1, attend(before)), out, weight)
 
         return result(len(changes), out)
+
+
+def _require_tokens(blended: Tensor | float | None, tokens: int, options: dict) -> None:
+    """Raises ValueError where a blend, of (rows, T or 1, ...), meets another number of tokens."""
+    if isinstance(blended, Tensor) and blended.ndim == 3 and blended.shape[1] not in (1, tokens):
+        cause = why_other_size(options[RUN].model_options, "strength below 1 or a mask")
+        raise ValueError(f"strength, mask: a blend on {blended.shape[1]} tokens meets {tokens}. {cause}")

@@ -17,6 +17,7 @@ from ...sockets import Trajectory
 from ..networks.conditioning import inversion_conditioning
 from ..networks.fingerprint import fingerprint
 from ..networks.marks import require_plain
+from ..networks.neighbours import plain_pass
 from .noise import InvertedNoise
 
 Walk = Callable[[Predict, torch.Tensor, Callable], torch.Tensor]
@@ -45,7 +46,7 @@ def walk_latent(model: ModelPatcher, samples: torch.Tensor, conditioning: list, 
 
     `report(i, x, denoised)` moves the progress bar and preview; predictions check for Cancel by themselves.
     """
-    guider = comfy.samplers.CFGGuider(model)
+    guider = comfy.samplers.CFGGuider(plain_pass(model))
     guider.inner_set_conds({"positive": conditioning})
     guider.set_cfg(1.0)
 
