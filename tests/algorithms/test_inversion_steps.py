@@ -158,6 +158,16 @@ def test_fixed_point_stops_at_its_tolerance_and_at_rounding():
         assert torch.allclose(solved.residual, alike, rtol=1e-6)
 
 
+@pytest.mark.parametrize("iterations", [1, 4])
+def test_iterations_are_the_evaluations_after_the_first(iterations):
+    """The series above, cut off: with the first step's own evaluation there are `iterations` + 2."""
+    x, q = torch.ones(1, 1, 2, 2, dtype=torch.float64), 0.9
+    denoise, asked = counted(lambda y, sigma: y - sigma * q * y)
+    solved = step_fixed_point(denoise, x, leg(0.0, 1.0, iterations=iterations, tolerance=0.0))
+    assert len(asked) == iterations + 2
+    assert torch.allclose(solved.x, x * (1 - q ** (iterations + 2)) / (1 - q), rtol=1e-12)
+
+
 def test_predicted_and_midpoint_are_their_equations_with_one_evaluation_a_step():
     generator = torch.Generator().manual_seed(5)
     x, eps = (torch.randn(2, 3, 2, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))  # five dimensions
