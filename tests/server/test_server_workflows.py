@@ -42,9 +42,11 @@ def test_same_graph_same_image(server):
     assert check_image(images[0]).tobytes() == check_image(images[1]).tobytes()
 
 
-@pytest.mark.parametrize("class_type", ["PasticheDDIMInversion", "PasticheCaptureFeatures", "SamplerCustom"])
-def test_cancel_ends_within_a_step_and_the_next_prompt_runs(server, class_type):
-    prompt = small_prompt(workflow_by_name("styleid_mini"))
+@pytest.mark.parametrize("name, class_type", [
+    ("styleid_mini", "PasticheDDIMInversion"), ("injectfusion_mini", "PasticheCaptureFeatures"), ("styleid_mini", "SamplerCustom"),
+])
+def test_cancel_ends_within_a_step_and_the_next_prompt_runs(server, name, class_type):
+    prompt = small_prompt(workflow_by_name(name))
     # inputs that no other test uses, so that nothing comes from the cache
     graph.set_input(prompt, "BasicScheduler", "steps", 40)
     graph.set_input(prompt, "PasticheDDIMInversion", "scheme", "next")
