@@ -64,6 +64,7 @@ class DDIMInversion(io.ComfyNode):
                 io.Float.Input(
                     "tolerance",
                     default=TOLERANCE,
+                    optional=True,
                     min=0.0,
                     max=1.0,
                     step=1e-6,
@@ -75,17 +76,19 @@ class DDIMInversion(io.ComfyNode):
                 io.String.Input(
                     "streams",
                     default="self_attention",
+                    optional=True,
                     advanced=True,
                     tooltip="What the features output holds, as in Capture Features: self_attention (StyleID), h_space "
                     "(InjectFusion), residual, self_attention_qk, cross_attention (DiffStyler).",
                 ),
                 io.String.Input(
-                    "layers", default="auto", advanced=True, tooltip='Decoder layers of the features, for example "6-11".'
+                    "layers", default="auto", optional=True, advanced=True, tooltip='Decoder layers of the features, for example "6-11".'
                 ),
                 io.Combo.Input(
                     "memory",
                     options=list(MEMORY),
                     default="recompute",
+                    optional=True,
                     advanced=True,
                     tooltip="ram, vram, disk: features are kept as the inversion sees them, without evaluating again. "
                     "recompute: nowhere; they are made beside the sampling.",
@@ -94,6 +97,7 @@ class DDIMInversion(io.ComfyNode):
                     "precision",
                     options=list(PRECISION),
                     default="half",
+                    optional=True,
                     advanced=True,
                     tooltip="Of the kept features: half stores 16-bit numbers, full 32-bit ones.",
                 ),

@@ -24,7 +24,7 @@ class LoadMini(io.ComfyNode):
                     tooltip="What the conditioning says the picture is; empty is the unconditional one, for guidance and inversion.",
                 ),
                 io.Combo.Input(
-                    "architecture", options=list(ARCHITECTURES), default="unet",
+                    "architecture", options=list(ARCHITECTURES), default="unet", optional=True,
                     tooltip="unet: as SD1.5, predicts noise; transformer: as Flux, rectified flow. Both use the same VAE.",
                 ),
             ],

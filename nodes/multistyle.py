@@ -68,7 +68,7 @@ class StyleEntryNode(io.ComfyNode):
                     "Style Reference.",
                 ),
                 io.Combo.Input(
-                    "share", options=list(SHARES), default="join", advanced=True,
+                    "share", options=list(SHARES), default="join", optional=True, advanced=True,
                     tooltip="With a picture: join its keys and values to the sample's own, or replace those.",
                 ),
             ],
