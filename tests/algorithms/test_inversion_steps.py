@@ -110,6 +110,8 @@ def test_however_many_iterations_the_result_is_never_worse_than_next(iterations)
     left = residuals(denoise, x, solved.x, step)
     assert (left <= residuals(denoise, x, plain.x, step) * (1 + 1e-12)).all()
     assert torch.allclose(solved.residual * solved.x.flatten(1).norm(dim=1), left, rtol=1e-9)
+    own = denoise(solved.x, step.sigma_next)  # what is handed on belongs to the iterate that was kept
+    assert torch.allclose(solved.denoised, own) and torch.allclose(solved.eps, noise_prediction(solved.x, own, step.sigma_next))
 
 
 def test_a_sample_that_diverges_is_not_followed_any_further():
