@@ -71,6 +71,17 @@ def test_any_memory(family):
     assert_same_gradients(gradients(model, cond, gradient_checkpointing=True), expected)
 
 
+@pytest.mark.skipif(ON_CPU, reason="nothing is offloaded there")
+@pytest.mark.device("partial")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_offloaded_weights_of_any_type(family, dtype):
+    expected = in_float32(family, dtype)
+    for checkpointing in (False, True):
+        found = gradients(trainable(family, dtype, torch.float32), gradient_checkpointing=checkpointing)
+        assert_same_gradients(found, expected)
+
+
 @pytest.mark.device
 def test_training_loads_the_model_first():
     """Weights made in inference mode and moved outside of it have no version counter, though they count as ordinary."""
