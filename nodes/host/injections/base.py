@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -108,6 +109,14 @@ class Injection:
 
     def check(self, guider: Any, noise: Tensor, sigmas: Tensor) -> None:
         """Refuses, by ValueError, what sources and mask do not tell; runs when a sampling starts."""
+
+    def warn_of_losses(self, places: list[str]) -> None:
+        """Names the places that another node has taken from this injection since it was installed."""
+        if places:
+            logging.warning(
+                "Pastiche: a node after %s replaced %s, so nothing is injected there. Put %s last: it hands its "
+                "queries and keys on to the other's replacement.", self.name, ", ".join(sorted(set(places))), self.name,
+            )
 
     def install(self, model: ModelPatcher) -> ModelPatcher:
         """A clone of `model` that carries this injection, and says so; an untouched one where nothing would change.

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from functools import partial
+from typing import Any, Callable
 
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...algorithms.diffstyler import blend_share, override_or_blend
 from ...sockets import FeatureBank, FeatureKey
-from ..networks.adapter import NetworkAdapter, Place, Slot
+from ..networks.adapter import Attend, NetworkAdapter, Place, Slot
 from ..networks.families import find_adapter
-from ..networks.unet import residual_skip
-from .attention_slots import Attend, AttentionSlots
 from .base import Injection, Source
 from .run import SamplingRun, current_run, rows_of
 from .schedule import Schedule, current_sigma
@@ -49,7 +47,8 @@ class ContentPatches(Injection):
         self.attention = {"attn1": adapter.slots(self_attention), "attn2": adapter.slots(cross_attention)}
         self.schedule = schedule = Schedule(content.trajectory.schedule)
         last = max(feature_steps if residual else 0, attention_steps if self_attention or cross_attention else 0)
-        self._replaced = AttentionSlots()
+        self._lost: list[Callable[[dict], list[str]]] = []
+        self._clashes: Callable[[dict], bool] = lambda options: False
         self.sources = (
             Source("content", "The content features", content.trajectory, content, self._keys(), STREAMS, SAME_SIZE,
                    lambda sigma: schedule.within(sigma, last)),
@@ -66,25 +65,18 @@ class ContentPatches(Injection):
         return bool(self.residual or any(self.attention.values()))
 
     def patch(self, model: ModelPatcher) -> None:
+        adapter = find_adapter(model)
         if self.residual:
-            patches = model.model_options["transformer_options"].setdefault("patches", {})
-            # The first handler of a class runs; ours comes first and passes on what is not its own.
-            patches["forward_timestep_embed_patch"] = [
-                (ResBlock, self.residual_block), *patches.get("forward_timestep_embed_patch", [])
-            ]
-        for kind, slots in self.attention.items():
-            self._replaced.fill(model, kind, slots, lambda slot, attend, kind=kind: self.replacement(kind, slot, attend))
+            self._clashes = adapter.change_residual(model, self.residual, self.residual_block)
+        self._lost = [
+            adapter.replace_attention(model, kind, slots, partial(self.replacement, kind)) for kind, slots in self.attention.items()
+        ]
 
     def check(self, guider: Any, noise: Tensor, sigmas: Tensor) -> None:
         """Names blocks that another node took."""
         options = guider.model_options["transformer_options"]
-        self._replaced.warn_of_losses(options, self.name)
-        self._warn_of_clashes(options)
-
-    def _warn_of_clashes(self, options: dict) -> None:
-        handlers = options.get("patches", {}).get("forward_timestep_embed_patch", [])
-        others = [handler for kind, handler in handlers if issubclass(ResBlock, kind) and not _ours(handler)]
-        if others and self.residual:
+        self.warn_of_losses([place for lost in self._lost for place in lost(options)])
+        if self._clashes(options):
             logging.warning(
                 "Pastiche: another node runs residual blocks in its own way; in %s the content's are injected instead.",
                 ", ".join(f"{block} {number}" for block, number in sorted(self.residual)),
@@ -101,31 +93,17 @@ class ContentPatches(Injection):
         feature = current_run(options).feature(self.content, FeatureKey(stream, *place), current_sigma(options), like)
         return rows_of(feature, like.shape[0], options)
 
-    def residual_block(self, layer: Any, x: Tensor, emb: Tensor, context: Any, options: dict, *rest: Any) -> Tensor:
-        """Runs a residual block: its skip, plus the content's output in place of its own."""
-        place = tuple(options["block"])
-        run = current_run(options)
-        if run is None or not self._is_ours(run, layer, place) or not self._due(options, self.feature_steps):
-            return self._next_handler(layer, x, emb, context, options, *rest)
-        skip = residual_skip(layer, x)
+    def residual_block(self, place: Place, x: Tensor, grid: tuple[int, int], options: dict) -> Tensor | None:
+        """(rows, C, h, w) that the content's own pass added to the skip of a residual block, which gives `grid`."""
+        if not self._due(options, self.feature_steps):
+            return None
         feature = self._feature("residual", (*place, 0), options, x)
-        if feature.shape[-2:] != skip.shape[-2:]:
+        if tuple(feature.shape[-2:]) != grid:
             raise ValueError(
                 f"content: {place[0]} {place[1]} has a {feature.shape[-1]}x{feature.shape[-2]} grid, the sample "
-                f"{skip.shape[-1]}x{skip.shape[-2]}. {run.why_other_size(self.name)}"
+                f"{grid[1]}x{grid[0]}. {current_run(options).why_other_size(self.name)}"
             )
-        return skip + feature
-
-    def _is_ours(self, run: SamplingRun, layer: Any, place: Place) -> bool:
-        return place in self.residual and run.adapter.is_residual(layer, place)
-
-    def _next_handler(self, layer: Any, x: Tensor, emb: Tensor, context: Any, options: dict, *rest: Any) -> Tensor:
-        handlers = options["patches"]["forward_timestep_embed_patch"]
-        mine = next(i for i, (_, handler) in enumerate(handlers) if getattr(handler, "__self__", None) is self)
-        for kind, handler in handlers[mine + 1 :]:
-            if isinstance(layer, kind):
-                return handler(layer, x, emb, context, options, *rest)
-        return layer(x, emb)
+        return feature
 
     def replacement(self, kind: str, slot: Slot, attend: Attend) -> Attend:
         """attn1/attn2 replacement: attends with the content's queries and keys and the sample's values."""
@@ -158,10 +136,6 @@ class ContentPatches(Injection):
                    current_run(options).why_other_size(self.name))
             )
         return feature.repeat(1, repeat, 1) if repeat > 1 else feature
-
-
-def _ours(handler: Any) -> bool:
-    return isinstance(getattr(handler, "__self__", None), ContentPatches)
 
 
 def inject_features(

@@ -44,7 +44,7 @@ class HSpacePatches(Injection):
         return self.gamma != 0 and self.t_edit < 1000 and (self.mask is None or bool(self.mask.any()))
 
     def patch(self, model: ModelPatcher) -> None:
-        model.set_model_patch(self, "middle_block_after_patch")
+        find_adapter(model).change_h_space(model, self)
 
     def check(self, guider: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> None:
         """Steps over core's caches: what they keep is of steps with another share injected, or of none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -11,9 +11,8 @@ from ...algorithms.masks import resize_mask
 from ...algorithms.references import sampling_progress, scheduled
 from ...algorithms.styleid import blend, injected_query
 from ...sockets import FeatureBank, FeatureKey
-from ..networks.adapter import Attended, NetworkAdapter, Place, Replacement, Slot
+from ..networks.adapter import Attend, Attended, NetworkAdapter, Place, Replacement, Slot
 from ..networks.families import find_adapter
-from .attention_slots import Attend, AttentionSlots
 from .base import Injection, Source
 from .run import SamplingRun, current_run, rows_of
 from .schedule import SigmaRange, current_sigma, sigma_range
@@ -52,7 +51,7 @@ class StylePatches(Injection):
         self.gamma, self.temperature, self.strength = gamma, temperature, strength
         self.mask, self.sigmas = mask, sigmas
         self.projected = not style.keys_of("self_attention")
-        self._replaced = AttentionSlots()
+        self._lost: Callable[[dict], list[str]] = lambda options: []
         needed, streams = (PROJECTED, "self_attention_qkv") if self.projected else (HIDDEN, "self_attention")
         self.sources = (self._source("style", style, needed[1:] or needed, streams, ""),)
         if content is not None:
@@ -73,13 +72,14 @@ class StylePatches(Injection):
         return self.strength != 1.0 or self.mask is not None
 
     def patch(self, model: ModelPatcher) -> None:
+        adapter = find_adapter(model)
         if self.projected:
-            self._replaced.fill(model, "attn1", self.slots, self.attn1_replace)
+            self._lost = adapter.replace_attention(model, "attn1", self.slots, self.attn1_replace)
         else:
-            find_adapter(model).change_hidden(model, self.change_hidden, self.blends)
+            adapter.change_hidden(model, self.change_hidden, self.blends)
 
     def check(self, guider: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> None:
-        self._replaced.warn_of_losses(guider.model_options["transformer_options"], self.name)
+        self.warn_of_losses(self._lost(guider.model_options["transformer_options"]))
 
     def _run(self, options: dict) -> SamplingRun | None:
         """The sampling run if this layer and step are to be changed, else None."""

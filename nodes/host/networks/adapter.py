@@ -45,6 +45,13 @@ ChangeHidden = Callable[[Tensor, Attended, dict], Replacement | None]
 any change of ours, (rows, T, C); `inputs` what the changes installed earlier made of it; options as patches get them."""
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
+"""(q, k, v, options) -> (rows, T, C): one attention on projected q, k, v."""
+
+ChangeResidual = Callable[[Place, Tensor, tuple[int, int], dict], "Tensor | None"]
+"""(place, the block's input, (h, w) of its output, options) -> what to add to its skip, or None for its own output."""
+
+
 class Running(Protocol):
     """What patches may know of the sampling run that a forward belongs to."""
 
@@ -129,6 +136,28 @@ class NetworkAdapter:
         blends: whether `change` ever returns a weight.
         """
         raise self._lacks("attention blocks")
+
+    def replace_attention(
+        self, model: ModelPatcher, kind: str, slots: Iterable[Slot], make: Callable[[Slot, Attend], Attend]
+    ) -> Callable[[dict], list[str]]:
+        """Puts make(slot, attend) in the place of attentions of `model` (a clone); attend is what would have run there.
+
+        kind: attn1 (self) or attn2 (cross). Returns what tells, of a run's transformer_options, the places
+        ("attn1 of output 7") that another node has taken since.
+        """
+        raise self._lacks("attention blocks")
+
+    def change_residual(self, model: ModelPatcher, places: Iterable[Place], change: ChangeResidual) -> Callable[[dict], bool]:
+        """Puts `change` in the place of the residual blocks' output at some places of `model` (a clone).
+
+        Returns what tells, of a run's transformer_options, whether another node runs such blocks in its own way.
+        """
+        raise self._lacks("residual blocks")
+
+    def change_h_space(self, model: ModelPatcher, change: Callable[[dict], dict]) -> None:
+        """Puts `change` after the middle block of `model` (a clone): args["h"] is (rows, C, h, w), options are in
+        args["transformer_options"]; the args it returns go to the decoder."""
+        raise self._lacks("h_space")
 
     def empty_prompt(self) -> list:
         """A CONDITIONING of one entry that stands for the papers' empty prompt."""

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ...algorithms.layers import format_numbers, parse_layers
 from ...sockets import FeatureKey
-from .adapter import ChangeHidden, Emit, NetworkAdapter, Place, Slot
+from .adapter import Attend, ChangeHidden, ChangeResidual, Emit, NetworkAdapter, Place, Slot
+from .attention_slots import AttentionSlots
 from .unet_hidden import HiddenPatch
+from .unet_residual import HOOK, ResidualHandler, residual_skip, runs_residual_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,12 +144,12 @@ class UNet(NetworkAdapter):
         if any(stream.startswith("cross_attention") for stream in streams):
             add("attn2_patch", attention("attn2", "cross_attention"))
         if "residual" in streams:
-            if "forward_timestep_embed_patch" in patches:
+            if HOOK in patches:
                 raise ValueError(
-                    "Another node already runs this model's residual blocks in its own way (forward_timestep_embed_patch), "
+                    f"Another node already runs this model's residual blocks in its own way ({HOOK}), "
                     "so they cannot be captured: connect Capture Features before that node."
                 )
-            add("forward_timestep_embed_patch", (ResBlock, residual))
+            add(HOOK, (ResBlock, residual))
         if "h_space" in streams:
             add("middle_block_after_patch", middle)
 
@@ -159,6 +161,20 @@ class UNet(NetworkAdapter):
             patches = model.model_options["transformer_options"]["patches"]
             patches["attn1_output_patch"] = [patch.settle, *patches.get("attn1_output_patch", [])]
 
+    def replace_attention(
+        self, model: ModelPatcher, kind: str, slots: Iterable[Slot], make: Callable[[Slot, Attend], Attend]
+    ) -> Callable[[dict], list[str]]:
+        replaced = AttentionSlots(kind)
+        replaced.fill(model, slots, make)
+        return replaced.lost
+
+    def change_residual(self, model: ModelPatcher, places: Iterable[Place], change: ChangeResidual) -> Callable[[dict], bool]:
+        ResidualHandler(places, change).install(model)
+        return runs_residual_blocks
+
+    def change_h_space(self, model: ModelPatcher, change: Callable[[dict], dict]) -> None:
+        model.set_model_patch(change, "middle_block_after_patch")
+
     def empty_prompt(self) -> list:
         """The model's own empty context (as the mini model has), else zeros, which is core's ConditioningZeroOut."""
         empty = getattr(self.model, "empty_context", None)
@@ -169,11 +185,6 @@ class UNet(NetworkAdapter):
         logging.info("Pastiche: no positive connected; a zero context stands for the empty prompt.")
         extra = {"pooled_output": torch.zeros(1, 1280)} if self.model.adm_channels else {}
         return [[torch.zeros(1, 77, self.context_dim), extra]]
-
-
-def residual_skip(layer: ResBlock, x: Tensor) -> Tensor:
-    """What a residual block adds to its output: its input, resampled and projected as the block does it."""
-    return layer.skip_connection(layer.x_upd(x) if layer.updown else x)
 
 
 def adapt_unet(model: ModelPatcher) -> UNet | None:
