@@ -95,21 +95,31 @@ def test_grid_is_1_without_a_grid_and_grows_with_it():
     torch.testing.assert_close(grid(picture + patches).mean(), expected, atol=0.03, rtol=0)
 
 
-def test_penalty_sees_borders_and_not_texture():
-    smooth = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64).clone().requires_grad_()
-    assert grid_penalty(smooth) < 1e-4
+def test_penalty_sees_patches_and_not_texture():
+    ramp = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
+    assert grid_penalty(ramp) < 1e-3
+    # A texture finer than a patch has the same steps at every column.
+    assert grid_penalty((torch.arange(64) % 2).float().expand(1, 3, 64, 64)) < 1e-3
+    # Patches of two tones, 0.1 apart: one step of 0.1 a patch, mean 0.1 / 8; bends 0.1 and twice 0.05, mean 0.2 / 8.
     board = torch.arange(64) // 8
     patches = (0.1 * ((board[:, None] + board) % 2)).expand(1, 3, 64, 64)
-    # A jump of 0.1 and nothing inside: 0.1 / floor
-    torch.testing.assert_close(grid_penalty(patches), torch.tensor(0.1 / 0.03), atol=1e-4, rtol=1e-4)
-    # A texture finer than a patch has as many jumps inside as over borders.
-    columns = (torch.arange(64) % 2).float().expand(1, 3, 64, 64)
-    assert grid_penalty(columns) < 1e-4
-    # The same with its borders wiped: columns 6 to 9 of every pair of patches are alike, so nothing bends at 8.
-    wiped = columns.clone()
+    steps = (7 / 8 * 0.1 + 7 * 0.1 / 8) / 8 / (0.1 / 8 + 0.02)
+    mean = 0.2 / 8
+    bends = (abs(0.1 - mean) + 2 * abs(0.05 - mean) + 5 * mean) / 8 / (mean + 0.02)
+    torch.testing.assert_close(grid_penalty(patches), torch.tensor((steps + bends) / 2), atol=1e-4, rtol=1e-4)
+
+
+def test_penalty_sees_patches_whose_borders_were_blurred_or_wiped():
+    texture = (torch.arange(64) % 2).float().expand(1, 3, 64, 64)
+    wiped = texture.clone()
     for border in range(8, 64, 8):
         wiped[..., border - 2 : border + 2] = 0.5
-    assert grid_penalty(wiped) > 0.3
+    assert grid_penalty(wiped) > 0.2
+    board = torch.arange(64) // 8
+    patches = (0.1 * ((board[:, None] + board) % 2)).expand(1, 1, 64, 64).contiguous()
+    blurred = torch.nn.functional.avg_pool2d(patches, 3, 1, 1)
+    straight = torch.nn.functional.avg_pool2d(patches, 8, 1)  # steps alike at every column
+    assert grid_penalty(blurred) > 2 * grid_penalty(straight[..., :56, :56])
 
 
 def test_strange_latents_keep_shape_and_stay_bounded():

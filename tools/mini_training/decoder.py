@@ -14,13 +14,14 @@ FINISH = 32  # channels at pixel resolution
 INSIDE = slice(2, 7)  # columns of a patch whose second difference sees no other patch
 
 
-def second_differences(picture):
-    """|x'(p) - mean of x' on both sides|, x'(p) the step between columns p - 1 and p: (B, C, H, W) -> (B, C, H, W/8, 8).
+def steps(picture):
+    """|x(p) - x(p - 1)|, (B, C, H, W) -> (B, C, H, W/8 - 2, 8); the last axis is p's place in its patch, 0 leads over a border."""
+    return picture.diff(dim=-1).abs()[..., 7:-8].unflatten(-1, (-1, 8))
 
-    The last axis is the column within its patch: at 0 the step leads over a border. Columns at the picture's sides,
-    which lack neighbours, belong to patches that are left out.
-    """
-    step = picture.diff(dim=-1)  # step[p - 1] lies between columns p - 1 and p
+
+def second_differences(picture):
+    """|x'(p) - mean of x' on both sides|, x'(p) the step from column p - 1 to p; shapes and places as in `steps`."""
+    step = picture.diff(dim=-1)  # step[p - 1]
     bend = (step[..., 1:-1] - (step[..., :-2] + step[..., 2:]) / 2).abs()  # bend[p - 2]
     return bend[..., 6:-7].unflatten(-1, (-1, 8))  # columns 8 .. W - 9
 
@@ -32,21 +33,21 @@ def grid(picture):
     return border / inside
 
 
-def grid_penalty(picture, floor=0.03, window=4):
-    """How far jumps over borders differ from those inside the two patches they part, in units of the latter.
+def grid_penalty(picture, floor=0.02, window=4):
+    """How much steps and bends differ between the eight columns of a patch, in units of their mean.
 
-    Both ways count, more and less: borders that are smoother than their surroundings show as well. Averaged over
-    `window` x `window` patches first, since single borders of a picture differ by chance.
+    In a picture every column is like every other; where patches show, their borders have more of both, or, smoothed
+    over, less. Averaged over `window` x `window` patches first, since single columns differ by chance.
     """
     total = 0.0
     for way in (picture, picture.transpose(-1, -2)):
-        bend = second_differences(way).mean(1)  # colours
-        bend = bend[:, : bend.shape[1] // 8 * 8].unflatten(1, (-1, 8)).mean(2)  # (B, rows of patches, patches, 8)
-        inside = bend[..., INSIDE].mean(-1).detach()
-        around = (inside[..., 1:] + inside[..., :-1]) / 2
-        excess = (bend[..., 1:, 0] - around) / (around + floor)
-        total = total + F.avg_pool2d(excess[:, None], window, stride=window // 2).abs().mean()
-    return total / 2
+        for measure in (steps, second_differences):
+            seen = measure(way).mean(1)  # colours
+            rows = seen[:, : seen.shape[1] // 8 * 8].unflatten(1, (-1, 8)).mean(2)  # (B, rows of patches, patches, 8)
+            profile = F.avg_pool2d(rows.movedim(-1, 1), window, stride=window // 2)  # (B, 8, windows)
+            mean = profile.mean(1, keepdim=True).detach()
+            total = total + ((profile - mean) / (mean + floor)).abs().mean()
+    return total / 4
 
 
 def strange(latents, std):
@@ -77,7 +78,7 @@ class DecoderTrainer:
         self.average = {k: v.clone() for k, v in model.state_dict().items()}
         self.step, self.minutes, self.recent = 0, 0.0, []
         self.std = model.latent_std[:, None, None]
-        self.held_out = torch.stack([square(p, 256) for p in validation[::4]])
+        self.held_out = torch.stack([square(p, 256) for p in validation[::8]])
 
     @property
     def checkpoint(self):
@@ -117,7 +118,7 @@ class DecoderTrainer:
         said = (self.model.encode(y[known:]) - given[known:]).square().mean() * 16 / 192
         borders, strange_borders = grid_penalty(own), grid_penalty(y[known:])
         error = F.mse_loss(own, target)
-        loss = error + 0.01 * edges + 0.4 * said + 0.0005 * borders + 0.004 * strange_borders
+        loss = error + 0.01 * edges + 0.4 * said + 0.001 * borders + 0.01 * strange_borders
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -147,7 +148,7 @@ class DecoderTrainer:
         self.model.load_state_dict(own)
         return out
 
-    def run(self, minutes, probe=None, save_every=40.0):
+    def run(self, minutes, probe=None, save_every=30.0):
         """Train until `minutes` of processor time in total (earlier runs counted in) have passed.
 
         A machine that is busy otherwise then makes the training later, not shorter.
