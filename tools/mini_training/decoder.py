@@ -118,7 +118,7 @@ class DecoderTrainer:
         said = (self.model.encode(y[known:]) - given[known:]).square().mean() * 16 / 192
         borders, strange_borders = grid_penalty(own), grid_penalty(y[known:])
         error = F.mse_loss(own, target)
-        loss = error + 0.01 * edges + 0.4 * said + 0.001 * borders + 0.01 * strange_borders
+        loss = error + 0.01 * edges + 0.4 * said + 0.002 * borders + 0.02 * strange_borders
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
