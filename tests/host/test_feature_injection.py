@@ -141,10 +141,6 @@ def test_override_of_queries_and_keys_is_override_of_maps_in_float64():
     run(content_x, empty, record)
     by_map = run(sample_x, prompt, lambda kind: lambda q, k, v, o: (maps[kind] @ heads(v)).transpose(1, 2).reshape(1, -1, 32))
 
-    def ours(kind):
-        injection = Injection(kept[kind])
-        return injection.replacement(kind, ("output", 3, 0), attend)
-
     from pastiche.nodes.host.injections import content as feature_injection
 
     class Injection(feature_injection.ContentPatches):
@@ -158,9 +154,17 @@ def test_override_of_queries_and_keys_is_override_of_maps_in_float64():
     class Run:
         replaced_attention = staticmethod(lambda *_: None)
 
-    slots = {kind: {("output", 3, 0): ours(kind)} for kind in ("attn1", "attn2")}
-    by_query = block(sample_x, prompt, {"block": ("output", 3), "block_index": 0, "patches_replace": slots, RUN: Run(),
-                                      "sigmas": torch.ones(1)})
+    slot, options = ("output", 3, 0), {"block": ("output", 3), "block_index": 0, RUN: Run(), "sigmas": torch.ones(1)}
+    slots = {"attn1": {slot: Injection(kept["attn1"]).replacement(slot, attend)}, "attn2": {slot: attend}}
+    crossed = Injection(kept["attn2"])
+    hooks = [
+        getattr(block.attn2, f"to_{name}").register_forward_hook(
+            lambda module, args, out, name=name: crossed.cross_projection(slot, name, out, options)
+        ) for name in ("q", "k")
+    ]
+    by_query = block(sample_x, prompt, {**options, "patches_replace": slots})
+    for hook in hooks:
+        hook.remove()
     assert (by_query - by_map).abs().max() < 1e-12
     assert (by_query - run(sample_x, prompt, record)).abs().max() > 1e-2
 

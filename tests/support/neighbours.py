@@ -172,6 +172,40 @@ def couple(model, contexts):
     return patched
 
 
+class _ImagePrompt:
+    """IPAdapter's shape: an object in attn2's slot that further ones are added to."""
+
+    def __init__(self, number, weight, tokens):
+        self.prompts = []
+        self.add(number, weight, tokens)
+
+    def add(self, number, weight, tokens):
+        self.prompts.append((number, weight, tokens))
+
+    def __call__(self, q, k, v, options):
+        out = explicit_attention(q, k, v, options["n_heads"])
+        for number, weight, tokens in self.prompts:
+            generator = torch.Generator().manual_seed(number)
+            keys, values = (tokens @ torch.randn(tokens.shape[-1], k.shape[-1], generator=generator) / 5 for _ in range(2))
+            own = [part.expand(q.shape[0], -1, -1).to(q) for part in (keys, values)]
+            out = out + weight * explicit_attention(q, *own, options["n_heads"])
+        return out
+
+
+def image_prompt(model, depths, weight=0.7):
+    """depths: {(block, number): transformer blocks there}."""
+    patched = model.clone()
+    options = patched.model_options["transformer_options"]
+    slots = options.setdefault("patches_replace", {}).setdefault("attn2", {})
+    tokens = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(40))
+    for number, slot in enumerate((*place, depth) for place, count in depths.items() for depth in range(count)):
+        if slot in slots:
+            slots[slot].add(number, weight, tokens)
+        else:
+            slots[slot] = _ImagePrompt(number, weight, tokens)
+    return patched
+
+
 @contextmanager
 def sliding_windows(windows):
     """AnimateDiff-Evolved's shape: its own sampling function, which never asks for a calc_cond_batch function of the

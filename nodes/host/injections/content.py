@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import Any, Callable
 
 from comfy.model_patcher import ModelPatcher
@@ -14,6 +13,7 @@ from ...sockets import FeatureBank, FeatureKey
 from ..networks.adapter import Attend, NetworkAdapter, Place, Slot
 from ..networks.families import find_adapter
 from .base import Injection, Source
+from .cross_projections import CrossProjections
 from .run import SamplingRun, current_run, rows_of
 from .schedule import Schedule, current_sigma
 
@@ -47,8 +47,9 @@ class ContentPatches(Injection):
         self.attention = {"attn1": adapter.slots(self_attention), "attn2": adapter.slots(cross_attention)}
         self.schedule = schedule = Schedule(content.trajectory.schedule)
         last = max(feature_steps if residual else 0, attention_steps if self_attention or cross_attention else 0)
-        self._lost: list[Callable[[dict], list[str]]] = []
+        self._lost: Callable[[dict], list[str]] = lambda options: []
         self._clashes: Callable[[dict], bool] = lambda options: False
+        self._crossed = CrossProjections(self.attention["attn2"], self.cross_projection)
         self.sources = (
             Source("content", "The content features", content.trajectory, content, self._keys(), STREAMS, SAME_SIZE,
                    lambda sigma: schedule.within(sigma, last)),
@@ -68,14 +69,17 @@ class ContentPatches(Injection):
         adapter = find_adapter(model)
         if self.residual:
             self._clashes = adapter.change_residual(model, self.residual, self.residual_block)
-        self._lost = [
-            adapter.replace_attention(model, kind, slots, partial(self.replacement, kind)) for kind, slots in self.attention.items()
-        ]
+        self._lost = adapter.replace_attention(model, "attn1", self.attention["attn1"], self.replacement)
+        self._crossed.patch(model)
+
+    def _outer_sample(self, executor, *args, **kwargs):
+        with self._crossed.attached(executor.class_obj):
+            return super()._outer_sample(executor, *args, **kwargs)
 
     def check(self, guider: Any, noise: Tensor, sigmas: Tensor) -> None:
         """Names blocks that another node took."""
         options = guider.model_options["transformer_options"]
-        self.warn_of_losses([place for lost in self._lost for place in lost(options)])
+        self.warn_of_losses(self._lost(options))
         if self._clashes(options):
             logging.warning(
                 "Pastiche: another node runs residual blocks in its own way; in %s the content's are injected instead.",
@@ -105,19 +109,24 @@ class ContentPatches(Injection):
             )
         return feature
 
-    def replacement(self, kind: str, slot: Slot, attend: Attend) -> Attend:
-        """attn1/attn2 replacement: attends with the content's queries and keys and the sample's values."""
-        streams = SELF if kind == "attn1" else CROSS
+    def replacement(self, slot: Slot, attend: Attend) -> Attend:
+        """attn1 replacement: attends with the content's queries and keys and the sample's values."""
 
         def replace(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
-            run = current_run(options)
-            if run is not None and self._due(options, self.attention_steps):
-                share = self._share(run, options)
-                q = override_or_blend(q, self._fitting(streams[0], slot, options, q), share)
-                k = override_or_blend(k, self._fitting(streams[1], slot, options, k), share)
+            q, k = (self._injected(stream, slot, own, options) for stream, own in zip(SELF, (q, k)))
             return attend(q, k, v, options)
 
         return replace
+
+    def cross_projection(self, slot: Slot, name: str, projected: Tensor, options: dict) -> Tensor:
+        """The content's queries ("q") or keys ("k") of a cross-attention in place of the sample's."""
+        return self._injected(f"cross_attention_{name}", slot, projected, options)
+
+    def _injected(self, stream: str, slot: Slot, own: Tensor, options: dict) -> Tensor:
+        run = current_run(options)
+        if run is None or not self._due(options, self.attention_steps):
+            return own
+        return override_or_blend(own, self._fitting(stream, slot, options, own), self._share(run, options))
 
     def _share(self, run: SamplingRun, options: dict) -> float:
         if self.mode == "override":

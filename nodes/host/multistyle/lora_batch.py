@@ -48,7 +48,8 @@ class BatchedStyles:
         """While inside, the layers look at `running`; outside of that they compute what they always do."""
         with ExitStack() as stack:
             for module, updates in self._layers.items():
-                stack.callback(module.register_forward_hook(self._hook(updates)).remove)
+                # First of a layer's hooks: those of injections replace what the layer computes, its LoRA included.
+                stack.callback(module.register_forward_hook(self._hook(updates), prepend=True).remove)
             yield
 
     @contextmanager
