@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...algorithms.inversion import ddim_step
 from ...algorithms.training import loss_weight, output_gain, signal_to_noise, step_generator, weighted_error
+from ..networks.neighbours import plain_pass
 from .adapters import Adapters
 from .backward import (
     checkpointed,
@@ -40,7 +41,6 @@ PREVIEW_STEPS = 12
 LOSS_WINDOW = 20  # steps whose mean loss is told: one step's depends mostly on its timestep
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("model", *DTYPES)
-GUIDANCE = ("sampler_pre_cfg_function", "sampler_cfg_function", "sampler_calc_cond_batch_function", "sampler_post_cfg_function")
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def train_style_lora(
             f"back. Set steps to {state.step} or more, or choose another checkpoint name."
         )
     with torch.inference_mode(False), torch.no_grad():
-        patched = model.clone()
-        _differentiable_denoiser(patched.model_options)
+        patched = plain_pass(model)  # the model's own prediction is trained: guidance (SAG) takes no part in it
+        _with_gradients(patched.model_options["transformer_options"])
         patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "pastiche", _reserve_activations)
         guider = comfy.samplers.CFGGuider(patched)
         guider.inner_set_conds({"positive": _ordinary(positive)})
@@ -117,16 +117,11 @@ def train_style_lora(
         return loop.result
 
 
-def _differentiable_denoiser(options: dict) -> None:
-    """What is trained is the model's own prediction: guidance (SAG, rescaled CFG) takes no part in it, and attention
-    is PyTorch's own, since other kernels (sage, sub-quadratic) have no gradient or a slow one."""
-    left_out = [name for name in GUIDANCE if options.pop(name, None) is not None]
-    transformer = options["transformer_options"]
-    if transformer.get("optimized_attention_override") is not None:
-        left_out.append("optimized_attention_override")
-    transformer["optimized_attention_override"] = lambda function, *a, **k: attention_pytorch(*a, **k)
-    if left_out:
-        logging.info("Pastiche: training leaves out what MODEL carries for sampling: %s.", ", ".join(left_out))
+def _with_gradients(options: dict) -> None:
+    """Attention is PyTorch's own while training: other kernels (sage, sub-quadratic) have no gradient or a slow one."""
+    if options.get("optimized_attention_override") is not None:
+        logging.info("Pastiche: training leaves out the attention override (optimized_attention_override) on MODEL.")
+    options["optimized_attention_override"] = lambda function, *args, **kwargs: attention_pytorch(*args, **kwargs)
 
 
 def _reserve_activations(executor, model, noise_shape, *args, **kwargs):
