@@ -5,8 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from .algorithms.lora import TARGETS
-from .host.training.loop import PRECISIONS, TrainingSettings
 from .host.training.job import train_for_node
+from .host.training.loop import LOSS_WINDOW, PRECISIONS, TrainingSettings
+from .host.training.plot import loss_plot
 
 CATEGORY = "pastiche/diffstyler"
 
@@ -102,6 +103,10 @@ class TrainStyleLoRA(io.ComfyNode):
                 ),
                 io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="For Plot Loss Graph."),
                 io.Int.Output(display_name="steps", tooltip="Steps done altogether, for the file name of Save LoRA Weights."),
+                io.Image.Output(
+                    display_name="loss_plot",
+                    tooltip="The loss of every step as points, and their running mean, which shows the trend. For Preview Image.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -112,5 +117,6 @@ class TrainStyleLoRA(io.ComfyNode):
             model, positive, latents, image, vae, TrainingSettings(**settings), checkpoint, cls.hidden.unique_id
         )
         return io.NodeOutput(
-            trained.lora, {"loss": trained.losses}, trained.steps, ui=ui.PreviewText(trained.summary())
+            trained.lora, {"loss": trained.losses}, trained.steps, loss_plot(trained.losses, LOSS_WINDOW),
+            ui=ui.PreviewText(trained.summary()),
         )

@@ -43,6 +43,11 @@ def weighted_error(denoised: Tensor, clean: Tensor, weight: Tensor) -> Tensor:
     return weight * (denoised - clean).square().flatten(1).mean(dim=1)
 
 
+def window_means(values: list[float], window: int) -> list[float]:
+    """Mean of each value and those before it, at most `window` of them: as many as there are values."""
+    return [sum(part) / len(part) for part in (values[max(0, end - window) : end] for end in range(1, len(values) + 1))]
+
+
 def step_generator(seed: int, step: int) -> torch.Generator:
     """A CPU generator that belongs to one training step, so that resuming needs no generator state.
 

@@ -10,6 +10,7 @@ from pastiche.nodes.algorithms.training import (
     signal_to_noise,
     step_generator,
     weighted_error,
+    window_means,
 )
 
 UNET = [
@@ -137,3 +138,8 @@ def test_crop_windows_lie_anywhere():
     for axis in (0, 1):
         places = [corner[axis] for corner in corners]
         assert min(places) < 0.2 and max(places) > 0.8
+
+
+def test_window_means():
+    assert window_means([4.0, 2.0, 0.0, 10.0], 2) == [4.0, 3.0, 1.0, 5.0]
+    assert window_means([4.0, 2.0, 0.0], 20) == [4.0, 3.0, 2.0]
