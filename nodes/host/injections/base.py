@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ...algorithms.masks import as_batch
 from ...sockets import FeatureBank, FeatureKey, Trajectory
+from ..messages import executing_node, hint
 from ..networks.adapter import RUN, parse_streams
 from ..networks.fingerprint import fingerprint, require_same_model
 from ..networks.marks import mark_injected
 from ..networks.neighbours import run_uncompiled
+from .hints import Expected, hints
 from .run import SamplingRun
 from .schedule import SAME_SIGMA, nearest
 
@@ -91,12 +93,14 @@ class Injection:
     """What one node changes in a sampling run. Holds settings only; what belongs to a run lives in the `SamplingRun`.
 
     A subclass sets `sources` and `mask`, says in `changes` whether there is anything to do, and puts its hooks in
-    `patch`. `install` is the only way onto a MODEL.
+    `patch`. `install` is the only way onto a MODEL. `expected` is what hints compare a run with.
     """
 
     name = ""  # the node's display name, for sentences
     sources: tuple[Source, ...] = ()
     mask: Tensor | None = None  # (B or 1, H, W) of any size
+    expected = Expected()
+    node_id: str | None = None  # of the node that made it, for hints
 
     @property
     def changes(self) -> bool:
@@ -127,6 +131,7 @@ class Injection:
         for source in self.sources:
             require_same_model(own, source.trajectory.fingerprint, source.what)
         patched = model.clone()
+        self.node_id = executing_node()
         if not self.changes:
             return patched
         for source in self.sources:
@@ -144,6 +149,7 @@ class Injection:
         options = guider.model_options["transformer_options"]
         owner = RUN not in options
         run = options.setdefault(RUN, SamplingRun(guider))
+        run.sampler = sampler
         try:
             for source in self.sources:
                 if source.bank is not None:
@@ -159,7 +165,12 @@ class Injection:
         if run is not None:
             run.name_conditions()
             run.advance(float(timestep.flatten()[0]))
+            run.memo((id(self), "hints"), lambda: self._hint(run, x, float(timestep.flatten()[0])))
         return executor(x, timestep, model_options or {}, seed)
+
+    def _hint(self, run: SamplingRun, x: Tensor, sigma: float) -> None:
+        for sentence in hints(self.expected, run.guider, run.sampler, x, sigma):
+            hint(self.node_id, self.name, sentence)
 
     def _check(self, guider: Any, noise: Tensor, sigmas: Tensor) -> None:
         for source in self.sources:

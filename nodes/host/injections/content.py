@@ -14,6 +14,7 @@ from ..networks.adapter import Attend, NetworkAdapter, Place, Slot
 from ..networks.families import find_adapter
 from .base import Injection, Source
 from .cross_projections import CrossProjections
+from .hints import Expected
 from .run import SamplingRun, current_run, rows_of
 from .schedule import Schedule, current_sigma
 
@@ -54,6 +55,10 @@ class ContentPatches(Injection):
             Source("content", "The content features", content.trajectory, content, self._keys(), STREAMS, SAME_SIZE,
                    lambda sigma: schedule.within(sigma, last)),
         )
+
+    @property
+    def expected(self) -> Expected:
+        return Expected(("content", self.content.trajectory))
 
     def _keys(self) -> tuple[FeatureKey, ...]:
         keys = [FeatureKey("residual", *place) for place in self.residual]

@@ -15,6 +15,7 @@ from ...sockets import FeatureBank, FeatureKey
 from ..networks.families import find_adapter
 from ..networks.neighbours import CACHES, leave_out
 from .base import Injection, Source
+from .hints import Expected, Other
 from .run import SamplingRun, current_run
 from .schedule import Schedule, current_sigma
 
@@ -38,6 +39,11 @@ class HSpacePatches(Injection):
         self.gamma, self.t_edit, self.branch, self.ramp = gamma, t_edit, branch, ramp
         self.mask = mask
         self.sources = (Source("content", "The content features", content.trajectory, content, (H_SPACE,), "h_space"),)
+
+    @property
+    def expected(self) -> Expected:
+        advice = "The sampler gets the original's, whose look the result has; the content comes in through h-space alone."
+        return Expected(None, (Other("content", self.content.trajectory, advice),), sampler=("InjectFusion Sampler", "sample_injectfusion"))
 
     @property
     def changes(self) -> bool:

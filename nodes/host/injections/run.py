@@ -32,9 +32,14 @@ class SamplingRun:
 
     def __init__(self, guider: comfy.samplers.CFGGuider):
         self._guider = guider
+        self.sampler: comfy.samplers.Sampler | None = None
         self._banks: dict[int, _BankReader] = {}
         self._memo: dict[Any, Any] = {}
         self._conditions: dict[Any, str] = {}
+
+    @property
+    def guider(self) -> comfy.samplers.CFGGuider:
+        return self._guider
 
     def memo(self, key: Any, compute: Callable[[], Any]) -> Any:
         """What `compute` returns, computed once a run: for values that no step changes."""

@@ -14,6 +14,7 @@ from ...sockets import FeatureBank, FeatureKey
 from ..networks.adapter import Attend, Attended, NetworkAdapter, Place, Replacement, Slot
 from ..networks.families import find_adapter
 from .base import Injection, Source
+from .hints import Expected, Other
 from .run import SamplingRun, current_run, rows_of
 from .schedule import SigmaRange, current_sigma, sigma_range
 
@@ -56,6 +57,14 @@ class StylePatches(Injection):
         self.sources = (self._source("style", style, needed[1:] or needed, streams, ""),)
         if content is not None:
             self.sources += (self._source("content", content, needed[:1], streams, SAME_SIZE),)
+
+    @property
+    def expected(self) -> Expected:
+        advice = "Content and style look swapped: the sampler gets the content's." if self.content is not None else (
+            "It will return to that picture: give the sampler the content's inverted latent, or noise of its own."
+        )
+        start = None if self.content is None else ("content", self.content.trajectory)
+        return Expected(start, (Other("style", self.style.trajectory, advice),), unguided=True)
 
     def _source(self, name: str, bank: FeatureBank, needed: tuple[str, ...], streams: str, size: str) -> Source:
         keys = tuple(FeatureKey(stream, *slot) for stream in needed for slot in self.slots)

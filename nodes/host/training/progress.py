@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any, Callable
 
 import comfy.utils
 import latent_preview
 import torch
+
+from ..messages import say_on_node
 
 TEXT_INTERVAL = 0.5  # seconds between texts: the browser needs no more
 
@@ -50,10 +51,7 @@ class NodeProgress:
 
     def say(self, text: str) -> None:
         self._spoken = time.monotonic()
-        server = sys.modules.get("server")  # absent when nodes run without ComfyUI's server
-        instance = getattr(getattr(server, "PromptServer", None), "instance", None)
-        if instance is not None and self._node_id is not None:
-            instance.send_progress_text(text, self._node_id)
+        say_on_node(self._node_id, text)
 
     def _picture(self, latent: torch.Tensor) -> tuple | None:
         previewer = latent_preview.get_previewer(latent.device, self._format)

@@ -1,0 +1,75 @@
+"""The likeliest mistakes in a StyleID or InjectFusion graph, through a real server: each is told in the log with what to change."""
+
+import pytest
+from host import graph
+from support.live import small_prompt, workflow_by_name
+
+
+def node(prompt, class_type, title=None):
+    (key,) = graph.find(prompt, class_type, title)
+    return prompt[key]["inputs"]
+
+
+def add_noise(prompt):
+    node(prompt, "SamplerCustom")["add_noise"] = True
+
+
+def guidance(prompt):
+    node(prompt, "SamplerCustom")["cfg"] = 7.0
+
+
+def ancestral(prompt):
+    node(prompt, "KSamplerSelect")["sampler_name"] = "euler_ancestral"
+
+
+def encoded_picture(prompt):
+    """VAE Encode's latent straight into the sampler."""
+    inversion = next(key for key in graph.find(prompt, "PasticheDDIMInversion") if _feeds(prompt, key, "content"))
+    node(prompt, "SamplerCustom")["latent_image"] = prompt[inversion]["inputs"]["latent"]
+
+
+def swapped(prompt):
+    injection = node(prompt, "PasticheStyleInjection")
+    injection["style"], injection["content"] = injection["content"], injection["style"]
+
+
+def plain_euler(prompt):
+    key = max(map(int, prompt)) + 1
+    prompt[str(key)] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}}
+    node(prompt, "SamplerCustom")["sampler"] = [str(key), 0]
+
+
+def _feeds(prompt, inversion, name):
+    """Whether this inversion's trajectory ends in the injection's input `name`."""
+    capture = prompt[node(prompt, "PasticheStyleInjection")[name][0]]["inputs"]
+    return capture["trajectory"][0] == inversion
+
+
+MISTAKES = [
+    ("styleid_mini", add_noise, "Turn add_noise off"),
+    ("styleid_mini", guidance, "Set cfg to 1"),
+    ("styleid_mini", ancestral, "Choose euler"),
+    ("styleid_mini", encoded_picture, "encoded picture, not from its inverted noise"),
+    ("styleid_mini", swapped, "Content and style look swapped"),
+    ("injectfusion_mini", plain_euler, "Connect InjectFusion Sampler"),
+]
+
+
+def said(server, prompt):
+    before = len(server.log.read_text(errors="replace"))
+    server.run(prompt)
+    return [line for line in server.log.read_text(errors="replace")[before:].splitlines() if "Pastiche: " in line]
+
+
+@pytest.mark.parametrize("name, mistake, advice", MISTAKES, ids=lambda value: getattr(value, "__name__", None))
+def test_a_mistake_is_told(server, name, mistake, advice):
+    prompt = small_prompt(workflow_by_name(name))
+    mistake(prompt)
+    assert [line for line in said(server, prompt) if advice in line]
+
+
+@pytest.mark.parametrize("name", ["styleid_mini", "injectfusion_mini"])
+def test_the_graph_as_shipped_hears_nothing(server, name):
+    prompt = small_prompt(workflow_by_name(name))
+    graph.set_input(prompt, "BasicScheduler", "steps", 5)  # nothing from another test's cache
+    assert [line for line in said(server, prompt) if ": Style Injection: " in line or ": h-space Slerp: " in line] == []
