@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from comfy_api.latest import io
 
 from pastiche.nodes.extension import PasticheExtension
 
@@ -27,6 +28,16 @@ def test_schema_is_complete(name):
     for item in [*schema.inputs, *schema.outputs]:
         assert len(item.tooltip or "") >= 10, f"{item.id} has no tooltip"
     assert all(output.display_name for output in schema.outputs)
+
+
+@pytest.mark.parametrize("name, first", json.loads((ROOT / "tests" / "assets" / "first_inputs.json").read_text()).items())
+def test_scripts_and_saved_graphs_of_the_first_version_still_fit(name, first):
+    """ComfyUI refuses a prompt that lacks a required input, and a saved graph has its widgets' values by their order."""
+    inputs = NODES[name].GET_SCHEMA().inputs
+    assert [part.id for part in inputs if not part.optional] == first["required"], "an input added later must be optional"
+    widgets = [part for part in inputs if isinstance(part, io.WidgetInput) and not getattr(part, "force_input", False)]
+    order = [part.id for part in widgets if not part.optional] + [part.id for part in widgets if part.optional]
+    assert order[: len(first["widgets"])] == first["widgets"], "a widget added later comes after all others"
 
 
 @pytest.mark.parametrize("name", NODES)
