@@ -34,7 +34,8 @@ def test_schema_is_complete(name):
 def test_scripts_and_saved_graphs_of_the_first_version_still_fit(name, first):
     """ComfyUI refuses a prompt that lacks a required input, and a saved graph has its widgets' values by their order."""
     inputs = NODES[name].GET_SCHEMA().inputs
-    assert [part.id for part in inputs if not part.optional] == first["required"], "an input added later must be optional"
+    assert {part.id for part in inputs if not part.optional} <= set(first["required"]), "an input added later must be optional"
+    assert {*first["required"], *first["widgets"]} <= {part.id for part in inputs}, "an input's id is frozen"
     widgets = [part for part in inputs if isinstance(part, io.WidgetInput) and not getattr(part, "force_input", False)]
     order = [part.id for part in widgets if not part.optional] + [part.id for part in widgets if part.optional]
     assert order[: len(first["widgets"])] == first["widgets"], "a widget added later comes after all others"
