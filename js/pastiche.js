@@ -1,5 +1,6 @@
 // Pastiche's front end: the picker of FastSAM Prompt.
 import { app } from "../../scripts/app.js";
+import { chain } from "./chain.js";
 import { sizeOfTexts } from "./fastsam_marks.js";
 import { Picker } from "./fastsam_picker.js";
 import { findSource, viewUrl } from "./fastsam_source.js";
@@ -74,14 +75,4 @@ function addPicker(node) {
     clearInterval(timer);
     picker.destroy();
   });
-}
-
-/** Call `after` whenever the node's own handler has been called. */
-function chain(node, name, after) {
-  const before = node[name];
-  node[name] = function (...args) {
-    const result = before?.apply(this, args);
-    after(...args);
-    return result;
-  };
 }

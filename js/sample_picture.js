@@ -1,5 +1,6 @@
 // Sample Picture: shows the chosen picture before any run, and makes way for Load Image.
 import { app } from "../../scripts/app.js";
+import { chain } from "./chain.js";
 
 const NODE = "PasticheSamplePicture";
 const HEIGHT = 200;
@@ -25,16 +26,8 @@ function addPreview(node) {
   const button = node.addWidget("button", "Use my own picture", null, () => replaceByLoadImage(node), { serialize: false });
   button.serialize = false;
 
-  const changed = choice.callback;
-  choice.callback = function (...args) {
-    changed?.apply(this, args);
-    show();
-  };
-  const configured = node.onConfigure;
-  node.onConfigure = function (...args) {
-    configured?.apply(this, args);
-    show();
-  };
+  chain(choice, "callback", show);
+  chain(node, "onConfigure", show);
   show();
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare import ComparePictures
 from .fastsam import FastSAMPrompt, LoadFastSAM
 from .feature_injection import FeatureInjection
 from .features import CaptureFeatures, LoadFeatures, SaveFeatures
@@ -42,6 +43,7 @@ class PasticheExtension(ComfyExtension):
             StyleReference,
             FeaturePCA,
             StyleSimilarity,
+            ComparePictures,
             HSpaceSlerp,
             InjectFusionSampler,
             LoadUnconditional,

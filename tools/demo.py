@@ -12,7 +12,6 @@ library is needed to start. Prints where the result and a contact sheet (content
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import signal
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from host import environment, graph
 from host.comfy import Server, ServerError, make_base
 from host.environment import ROOT
+from pastiche_client import load
 
 WORKFLOW = ROOT / "workflows" / "api" / "styleid_mini.json"
 
@@ -75,7 +75,7 @@ def run(host: environment.Host, options: argparse.Namespace) -> int:
     content, style = options.content or graph.sample("content"), options.style or graph.sample("style")
     for path in (content, style):
         _check_image(path)
-    prompt = json.loads(WORKFLOW.read_text())
+    prompt = load(WORKFLOW)
     settings = [
         ("BasicScheduler", "steps", options.steps), ("PasticheStyleInjection", "gamma", options.gamma),
         ("PasticheStyleInjection", "temperature", options.temperature),
@@ -91,7 +91,7 @@ def run(host: environment.Host, options: argparse.Namespace) -> int:
     with server:
         for title, path in (("Content", content), ("Style", style)):
             # a name of our own: two files of one name from different folders must not collide
-            graph.set_input(prompt, "LoadImage", "image", server.upload(path, f"demo_{title.lower()}{path.suffix.lower()}"), title)
+            prompt.picture(title, server.upload(path, f"demo_{title.lower()}{path.suffix.lower()}"))
         bar = ProgressBar()
         started = time.monotonic()
         try:

@@ -1,59 +1,64 @@
-"""The one-node StyleID blueprint: its dials are on the outside, it lists under the pack, and it runs."""
+"""The one-node blueprints: listed under the pack, labelled, image first, their dials outside, and they run."""
 
 import io
 import json
 
-from PIL import Image
+import pytest
+from host import graph
+from PIL import Image, ImageStat
 from support.live import ROOT
 
-BLUEPRINT = ROOT / "subgraphs" / "StyleID Style Transfer.json"
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 
-CONNECT = """() => {
-    const style = app.graph.nodes.find((node) => node.isSubgraphNode?.());
-    const add = (type, place) => {
-        const node = LiteGraph.createNode(type);
-        app.graph.add(node);
-        node.pos = place;
-        return node;
-    };
-    const mini = add("PasticheLoadMini", [-700, 0]);
-    const images = ["content_coffee.jpg", "style_impasto.png"].map((name, i) => {
-        const node = add("LoadImage", [-350, 400 * i]);
-        node.widgets.find((widget) => widget.name === "image").value = name;
-        return node;
-    });
-    const save = add("SaveImage", [500, 0]);
-    const input = (label) => style.inputs.findIndex((slot) => slot.label === label);
-    mini.connect(0, style, input("model"));
-    mini.connect(1, style, input("vae"));
-    mini.connect(2, style, input("empty prompt"));
-    images.forEach((node, i) => node.connect(0, style, input(["content image", "style image"][i])));
-    style.connect(style.outputs.findIndex((slot) => slot.type === "IMAGE"), save, 0);
-    return style.widgets.map((widget) => widget.name);
-}"""
-
-SET = """(values) => {
-    const style = app.graph.nodes.find((node) => node.isSubgraphNode?.());
-    for (const [name, value] of Object.entries(values))
-        for (const widget of style.widgets.filter((widget) => widget.name.includes(name))) widget.value = value;
+CONNECT = """(pictures) => {
+    const box = app.graph.nodes.find((node) => node.isSubgraphNode?.());
+    const add = (type) => { const node = LiteGraph.createNode(type); app.graph.add(node); return node; };
+    const input = (label) => box.inputs.findIndex((slot) => slot.label === label);
+    const mini = add("PasticheLoadMini");
+    mini.connect(0, box, input("model"));
+    mini.connect(1, box, input("vae"));
+    const texts = add("CLIPLoader");
+    texts.connect(0, box, input("clip"));
+    for (const [label, picture] of pictures) {
+        const node = add("PasticheSamplePicture");
+        node.widgets.find((widget) => widget.name === "picture").value = picture;
+        node.connect(0, box, input(label));
+        if (input("mask") >= 0 && label === "content") node.connect(1, box, input("mask"));
+    }
+    box.connect(0, add("SaveImage"), 0);
+    for (const [name, value] of [["size", 96], ["steps", 3], ["training steps", 2]])
+        for (const widget of box.widgets.filter((widget) => widget.label === name || widget.name === name)) widget.value = value;
+    return { inputs: box.inputs.filter((slot) => slot.type !== "FLOAT").map((slot) => slot.label ?? slot.name),
+             outputs: box.outputs.map((slot) => [slot.label, slot.type]), dials: box.widgets.map((widget) => widget.label ?? widget.name) };
 }"""
 
 
-def test_comfyui_lists_the_blueprint(ui):
-    listed = ui.server.get("/global_subgraphs")
-    assert any(entry["name"] == BLUEPRINT.stem for entry in listed.values())
+def test_comfyui_lists_the_blueprints(ui):
+    listed = {entry["name"] for entry in ui.server.get("/global_subgraphs").values()}
+    assert len(BLUEPRINTS) == 3 and {path.stem for path in BLUEPRINTS} <= listed
 
 
-def test_blueprint_connects_and_runs(ui, artifacts):
-    ui.load(json.loads(BLUEPRINT.read_text()))
-    widgets = ui.page.evaluate(CONNECT)
-    for name in ("largest_size", "steps", "gamma", "temperature", "layers", "strength"):
-        assert any(name in widget for widget in widgets), widgets
-    ui.page.evaluate(SET, {"largest_size": 96, "steps": 3})
-    ui.page.screenshot(artifacts / "subgraph_styleid.png")
+@pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem.rpartition("(")[2].strip(")"))
+def test_blueprint_connects_and_runs(ui, artifacts, path):
+    ui.load(json.loads(path.read_text()))
+    if "InjectFusion" in path.stem:
+        pictures = [["original: gives the look", "impasto"], ["content: what is injected", "coffee"]]
+    else:
+        pictures = [["content", "coffee"], ["style", "impasto"]]
+    box = ui.page.evaluate(CONNECT, pictures)
+    ui.page.screenshot(artifacts / f"blueprint_{path.stem.rpartition('(')[2].strip(')')}.png")
+    assert box["outputs"] == [["image", "IMAGE"]]
+    assert {"model", "clip", "vae", *(label for label, _ in pictures)} <= set(box["inputs"])
+    assert not {"image", "image_1", "pixels", "positive"} & set(box["inputs"])
+    assert {"size", "steps"} <= set(box["dials"])
+
+    # the mini model has no text encoder: its conditioning in the place of what the prompts give
     prompt = ui.prompt()
+    for key in graph.find(prompt, "CLIPTextEncode"):
+        prompt[key] = {"class_type": "PasticheLoadMini", "inputs": {"kind": "painting" if prompt[key]["inputs"]["text"] else "empty"}}
+        prompt = json.loads(json.dumps(prompt).replace(f'["{key}", 0]', f'["{key}", 2]'))
+    prompt = {key: node for key, node in prompt.items() if node["class_type"] != "CLIPLoader"}
     assert {node["inputs"]["largest_size"] for node in prompt.values() if "largest_size" in node["inputs"]} == {96}
-    result = ui.queue()
-    assert ui.problems() == []
-    saved = [image for image in result.images if image["type"] == "output"]
-    assert max(Image.open(io.BytesIO(ui.server.fetch(saved[0]))).size) == 96
+    (image,) = ui.server.run(prompt).images
+    picture = Image.open(io.BytesIO(ui.server.fetch(image))).convert("RGB")
+    assert max(picture.size) == 96 and max(ImageStat.Stat(picture).stddev) > 2

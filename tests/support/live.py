@@ -1,7 +1,7 @@
 """A real ComfyUI and a real browser, shared by the whole test session.
 
 Fixtures (all session-wide, started when first asked for):
-    server   host.comfy.Server with the pack as a custom node, the samples in its input folder and an empty
+    server   host.comfy.Server with the pack as a custom node, nothing in its input folder and an empty
              file for every model that a shipped workflow names
     page     host.browser.Browser
     ui       host.frontend.Frontend, opened on `server`
@@ -67,8 +67,6 @@ def server(live_host, tmp_path_factory, artifacts):
     base = make_base(tmp_path_factory.mktemp("base"))
     for path in API_WORKFLOWS:
         graph.provide_files(json.loads(path.read_text()), base)
-    for image in graph.SAMPLES.glob("*.[jp][pn]g"):
-        shutil.copy(image, base / "input" / image.name)
     running = Server(live_host, base, cpu=TEST_DEVICE != "cuda")
     with running:
         yield running

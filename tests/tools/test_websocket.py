@@ -6,7 +6,7 @@ import socket
 import threading
 
 import pytest
-from host.websocket import Closed, WebSocket
+from pastiche_client import Closed, WebSocket
 
 
 class Peer:

@@ -78,6 +78,8 @@ class Browser:
         self.console.append((message.type, f"{message.text} {address}".strip()))
 
     def _refuse(self, dialog) -> None:
+        if dialog.type == "beforeunload":  # a graph that was not saved
+            return dialog.accept()
         self.console.append(("error", f"the page opened a dialog: {dialog.message}"))
         dialog.dismiss()
 

@@ -12,10 +12,11 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from .browser import Browser
-from .comfy import Result, Server, ServerError
+from .comfy import PACK, Result, Server, ServerError
 
 # Messages of ComfyUI's front end itself that any page of it may log.
 _HARMLESS = ("favicon", "ComfyApp graph accessed before initialization")
@@ -55,6 +56,21 @@ class Frontend:
             raise ValueError(f"unknown node types: {', '.join(unknown)}")
         self.page.evaluate("async (prompt, name) => { await app.loadApiJson(prompt, name); }", prompt, name)
         self._settle(len(prompt))
+
+    def open_template(self, name: str, picture: Path | None = None) -> None:
+        """Opens the pack's template from the Templates dialog, with the mouse; keeps a picture of the grid if told."""
+        before = self.page.evaluate("() => app.graph.id")
+        self.page.do(lambda page: page.get_by_role("button", name="Templates").first.click())
+        self.page.do(lambda page: page.get_by_role("button", name=PACK, exact=True).first.click())
+        card = lambda page: page.get_by_test_id(f"template-workflow-{name}")  # noqa: E731
+        self.page.do(lambda page: card(page).wait_for(timeout=20_000))
+        if picture:
+            time.sleep(2)  # the thumbnails
+            self.page.screenshot(picture)
+        self._seen = len(self.page.console)  # the dialog looks for templates of ComfyUI's own, which may not be installed
+        self.page.do(lambda page: card(page).click())
+        self.page.wait_for("(before) => app.graph.id !== before && app.graph.nodes.length > 0", before)
+        time.sleep(1.5)  # missing models and media are looked up after the graph is there
 
     def _settle(self, nodes: int) -> None:
         self.page.wait_for("(count) => app.graph.nodes.length >= count", nodes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def sample(kind: str) -> Path:
 def provide_files(prompt: dict[str, Any], base: Path) -> None:
     """Puts into a base directory what the graph's loaders name, so that the front end does not mark it as missing.
 
-    Images are the samples; model files are empty, good for showing the graph and not for running it.
+    The files are empty, good for showing the graph and not for running it.
     """
     for node in prompt.values():
         for name, value in node["inputs"].items():
@@ -58,11 +57,18 @@ def provide_files(prompt: dict[str, Any], base: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if not target.exists():
                     target.write_text('{"_class_name": "UNet2DModel"}')
-            elif node["class_type"] in ("LoadImage", "LoadImageMask") and name == "image":
-                target = base / "input" / value
-                if not target.exists():
-                    given = SAMPLES / value
-                    shutil.copy(given if given.is_file() else sample("style" if "style" in value.lower() else "content"), target)
+
+
+def flat(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The graph with the ids that nodes have inside subgraphs: "31:12" is 12. Raises ValueError where two would be one."""
+    found = {}
+    for key, node in prompt.items():
+        inputs = {n: [v[0].rsplit(":", 1)[-1], v[1]] if isinstance(v, list) and v and isinstance(v[0], str) else v for n, v in node["inputs"].items()}
+        short = key.rsplit(":", 1)[-1]
+        if short in found:
+            raise ValueError(f"two nodes are {short}")
+        found[short] = {**node, "inputs": inputs}
+    return found
 
 
 def differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:

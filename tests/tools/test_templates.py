@@ -1,0 +1,52 @@
+"""tools/templates.py against the files: every graph has its template, its thumbnail and, where it needs one, its download."""
+
+import json
+
+import pytest
+import templates
+from PIL import Image
+from support.live import API_WORKFLOWS, ROOT
+
+FOLDER = ROOT / "workflows"
+
+
+def nodes(template):
+    workflow = json.loads((FOLDER / f"{template.file}.json").read_text(encoding="utf-8"))
+    return workflow["nodes"] + [node for graph in workflow.get("definitions", {}).get("subgraphs", []) for node in graph["nodes"]]
+
+
+def test_every_graph_has_one_template_and_no_file_is_left_over():
+    assert sorted(t.api for t in templates.TEMPLATES) == [path.stem for path in API_WORKFLOWS]
+    assert sorted(t.file for t in templates.TEMPLATES) == sorted(path.stem for path in FOLDER.glob("*.json"))
+    assert {path.stem for path in FOLDER.glob("*.jpg")} == {t.file for t in templates.TEMPLATES}
+
+
+def test_names_sort_in_the_order_of_learning():
+    assert [t.file for t in templates.TEMPLATES] == sorted(t.file for t in templates.TEMPLATES)
+
+
+@pytest.mark.parametrize("template", templates.TEMPLATES, ids=lambda template: template.api)
+def test_workflow_has_note_groups_and_no_file_of_the_users(template):
+    workflow = json.loads((FOLDER / f"{template.file}.json").read_text(encoding="utf-8"))
+    notes = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    assert len(notes) == 1 and "Change first" in notes[0]["widgets_values"][0]
+    assert len(workflow["groups"]) >= 3 and workflow["groups"][0]["title"] == "1 Pictures"
+    assert not [node["type"] for node in nodes(template) if node["type"].startswith("LoadImage")]
+    assert any(node["type"] == "PasticheCompare" for node in nodes(template)) or "sweep" in template.api
+
+
+@pytest.mark.parametrize("template", [t for t in templates.TEMPLATES if not t.mini], ids=lambda template: template.api)
+def test_models_say_where_they_come_from(template):
+    loaders = [node for node in nodes(template) if node["type"] in templates.MODELS]
+    assert loaders
+    for node in loaders:
+        (model,) = node["properties"]["models"]
+        assert set(model) == {"name", "directory", "url"} and model["url"].startswith("https://")
+        assert model["name"] in node["widgets_values"]
+
+
+@pytest.mark.parametrize("template", templates.TEMPLATES, ids=lambda template: template.api)
+def test_thumbnail_is_square_enough(template):
+    with Image.open(FOLDER / f"{template.file}.jpg") as image:
+        assert image.format == "JPEG" and 256 <= min(image.size) and max(image.size) <= 800
+        assert 0.8 <= image.width / image.height <= 1.25

@@ -1,0 +1,277 @@
+"""What the template browser shows: for each workflow its file, its note, its groups and its subgraphs.
+
+The graphs themselves are workflows/api/<api>.json; tools/make_workflow.py puts both together. The template browser
+has nothing but the file name for title and description, so the name says what one gets, and its number the order of
+learning. A graph opens at the zoom that shows all of it: kept within WIDTH x HEIGHT the text is legible on 1920x1080.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+WIDTH, HEIGHT = 2400, 1350  # graph units; the front end opens a template at 0.75 of the window, and leaves out text below a zoom of 0.57
+NOTE = "Read me"
+
+SD15 = {
+    "name": "v1-5-pruned-emaonly-fp16.safetensors", "directory": "checkpoints",
+    "url": "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
+}
+FASTSAM = {"name": "FastSAM-s.pt", "directory": "fastsam", "url": "https://github.com/ultralytics/assets/releases/download/v8.3.0/FastSAM-s.pt"}
+CHURCH = {
+    "name": "ddpm-church-256", "directory": "diffusers",
+    "url": "https://huggingface.co/google/ddpm-church-256/resolve/main/diffusion_pytorch_model.safetensors",
+}
+MODELS = {"CheckpointLoaderSimple": SD15, "PasticheLoadFastSAM": FASTSAM, "PasticheLoadUnconditional": CHURCH}
+
+
+@dataclass(frozen=True)
+class Box:
+    """A subgraph: the nodes inside by title, and the dials on it, each a label and the (title, input)s it turns."""
+
+    title: str
+    nodes: tuple[str, ...]
+    dials: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
+    labels: dict[str, str] = field(default_factory=dict)  # label by "title.input" of an input, or by an output's title
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Template:
+    file: str
+    api: str
+    note: str
+    # from left to right: stacks of groups; a group is (title or "", its columns of node titles)
+    stacks: tuple[tuple[tuple[str, tuple[tuple[str, ...], ...]], ...], ...]
+    boxes: tuple[Box, ...] = ()
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    shown: tuple[str, str, str] | None = None  # thumbnail: titles of content, style and result
+
+    @property
+    def mini(self) -> bool:
+        """Runs at once, on the model that comes with the pack."""
+        return self.api.endswith("_mini")
+
+
+def _dial(label: str, *turns: tuple[str, str]) -> tuple[str, tuple[tuple[str, str], ...]]:
+    return label, turns
+
+
+QUICK = Box(
+    "Photo in the painting's style",
+    ("Mini model", "Photo size", "Painting size", "Encode content", "Encode style", "Schedule", "Invert content", "Invert style",
+     "Content features", "Style features", "Content in the style's tones", "Style injection", "Sampler", "Sample", "Decode"),
+    (
+        _dial("style amount", ("Style injection", "strength"), ("Content in the style's tones", "strength")),
+        _dial("keep the photo's shapes", ("Style injection", "gamma")),
+        _dial("size", ("Photo size", "largest_size"), ("Painting size", "largest_size")),
+        _dial("steps", ("Schedule", "steps")),
+    ),
+    {"Decode": "image"},
+    "StyleID on the mini model: both pictures are inverted, and the photo is drawn again with the painting's attention.",
+)
+
+TEMPLATES = [
+    Template(
+        "01 Quick start - a photo in a painting's manner", "quick_start_mini",
+        "## A photo in a painting's manner\n\n"
+        "Press **Run** (about a minute on a CPU). Drag the slider over *Compare*.\n\n"
+        "**Change first:** another *picture*; then *style amount*: 0 is the photo, 1 is all of the style.\n\n"
+        "**Your own:** press *Use my own picture*, then choose a file.\n\n"
+        "The open subgraph icon shows what is inside; the next template has it laid out.",
+        (
+            (("1 Pictures", (("Photo", "Painting"),)),),
+            (("", ((NOTE,),)), ("2 Style", (("Photo in the painting's style",),)), ("3 Result", (("Result",),))),
+            (("", (("Compare",),)),),
+        ),
+        (QUICK,),
+        {NOTE: (460, 200), "Photo": (300, 340), "Painting": (300, 380), "Photo in the painting's style": (420, 170), "Result": (420, 330),
+         "Compare": (680, 760)},
+        ("Photo", "Painting", "Result"),
+    ),
+    Template(
+        "02 StyleID - every step in sight", "styleid_mini",
+        "## StyleID, step by step\n\n"
+        "**1** two pictures, **2** each turned into noise from which the model draws it again, its features kept, "
+        "**3** the style's attention put into the model, **4** the photo's noise drawn with it.\n\n"
+        "**Change first:** *gamma* in Style injection: 0.75 keeps the photo, 0.3 is nearer the painting. "
+        "Then *temperature*: above 1 sharper.\n\n"
+        "The same *Schedule* feeds inversion and sampler. Keep add_noise off, euler, cfg 1.",
+        (
+            (("", ((NOTE,),)),
+             ("1 Pictures", (("Content", "Style"), ("Mini model", "Content size", "Style size"), ("Schedule", "Encode content", "Encode style")))),
+            (("2 Invert", (("Invert content", "Invert style"), ("Content features", "Style features"))),
+             ("3 Style", (("Content in the style's tones",), ("Style injection",)))),
+            (("4 Draw", (("Sampler", "Sample", "Decode", "Result"), ("Compare",))),),
+        ),
+        sizes={NOTE: (790, 190), "Result": (270, 340), "Compare": (470, 600)},
+        shown=("Content", "Style", "Result"),
+    ),
+    Template(
+        "03 InjectFusion - one picture in another's look", "injectfusion_mini",
+        "## InjectFusion\n\n"
+        "The *original* gives the look, the *content* what is in the picture: its deepest features (h-space) turn the original's.\n\n"
+        "**Change first:** *gamma* in Inject content: how far towards the content. Then *omega* in Calibrated sampler: "
+        "how much of the original's colours stay.\n\n"
+        "Both pictures should have one size.",
+        (
+            (("", ((NOTE,),)),
+             ("1 Pictures", (("Original: gives the look", "Content: what is injected"), ("Mini model", "Original size", "Content size"),
+                             ("Schedule", "Encode original", "Encode content")))),
+            (("2 Invert", (("Invert original", "Invert content"),)),
+             ("3 Inject", (("Content's h-space", "Inject content", "Calibrated sampler"),))),
+            (("4 Draw", (("Sample", "Decode", "Result"), ("Compare",))),),
+        ),
+        sizes={NOTE: (790, 190), "Result": (270, 340), "Compare": (560, 720)},
+        shown=("Content: what is injected", "Original: gives the look", "Result"),
+    ),
+    Template(
+        "04 InjectFusion sweep - nine settings side by side", "injectfusion_sweep_mini",
+        "## Nine settings in one run\n\n"
+        "Rows: gamma 0.2, 0.5, 0.8. Columns: omega 0, 0.3, 0.7.\n\n"
+        "**Change first:** the pictures. The settings are inside *Nine settings*: open it with its icon.",
+        (
+            (("", ((NOTE,),)),
+             ("1 Pictures", (("Original: gives the look", "Content: what is injected"), ("Mini model", "Original size", "Content size"),
+                             ("Schedule", "Encode original", "Encode content")))),
+            (("2 Invert", (("Invert original", "Invert content"),)),
+             ("3 Inject", (("Content's h-space", "Nine settings"),))),
+            (("4 Draw", (("Sweep: rows gamma 0.2, 0.5, 0.8; columns omega 0, 0.3, 0.7",),)),),
+        ),
+        (Box("Nine settings",
+             tuple(f"gamma {g}" for g in (0.2, 0.5, 0.8)) + tuple(f"omega {o}" for o in (0.0, 0.3, 0.7))
+             + tuple(f"gamma {g}, omega {o}" for g in (0.2, 0.5, 0.8) for o in (0.0, 0.3, 0.7))
+             + ("All of them", "Decode", "One by one", "Rows: gamma 0.2, 0.5, 0.8. Columns: omega 0, 0.3, 0.7")),),
+        {NOTE: (770, 190), "Sweep: rows gamma 0.2, 0.5, 0.8; columns omega 0, 0.3, 0.7": (620, 700)},
+        ("Content: what is injected", "Original: gives the look", "Sweep: rows gamma 0.2, 0.5, 0.8; columns omega 0, 0.3, 0.7"),
+    ),
+    Template(
+        "05 Train a style LoRA - from one picture", "diffstyler_train_mini",
+        "## A style LoRA from one picture\n\n"
+        "Trains for about a minute, saves the LoRA into `output/loras` and paints over a photo with it.\n\n"
+        "**Change first:** the style picture; *steps* of Train the style; *denoise* of Paint over the photo: how much is repainted.",
+        (
+            (("", ((NOTE,),)), ("1 Pictures", (("Style", "A photo to try it on"), ("Mini model, painting", "Mini model, empty prompt", "Style size", "A photo to try it on size", "Encode content")))),
+            (("2 Train", (("Train the style",), ("Use it at once", "Loss", "Save the LoRA"))),),
+            (("3 Draw", (("Paint over the photo", "Decode", "Result"), ("Compare",))),),
+        ),
+        sizes={NOTE: (560, 180), "Result": (270, 330), "Compare": (470, 560), "Loss": (270, 300), "Train the style": (230, 760)},
+        shown=("A photo to try it on", "Style", "Result"),
+    ),
+    Template(
+        "06 DiffStyler - restyle one thing, keep the rest", "diffstyler_mini",
+        "## DiffStyler\n\n"
+        "A style LoRA redraws the cup; the photo's own features keep its shapes, and outside the mask the photo stays.\n\n"
+        "**Change first:** *strength_model* of Style LoRA; *feature_steps* of Keep the content's structure: less is freer.\n\n"
+        "**Another region:** any MASK. With your own picture: right click on it, *Open in MaskEditor*.",
+        (
+            (("", ((NOTE,),)), ("1 Pictures", (("Content", "Style"), ("Mini model, empty prompt", "Content size", "Encode content", "Mini model, painting", "Style size")))),
+            (("2 Invert", (("Schedule",), ("Invert content",), ("Content features, model without LoRA",))),
+             ("3 Style", (("Train the style",), ("Style LoRA",), ("Keep the content's structure", "Leave the rest as it is")))),
+            (("4 Draw", (("Sampler", "Sample", "Decode", "Result"), ("Compare",))),),
+        ),
+        sizes={NOTE: (540, 200), "Result": (260, 320), "Compare": (400, 500)},
+        shown=("Content", "Style", "Result"),
+    ),
+    Template(
+        "07 Two styles in one picture - each in its place", "diffstyler_multistyle_mini",
+        "## Two styles, one sampling\n\n"
+        "Each *style* box trains a LoRA and says where it acts: left half, right half, soft between.\n\n"
+        "**Change first:** the style pictures, then *strength* on the boxes. For other places open a box and change its mask.",
+        (
+            (("", ((NOTE,),)), ("1 Pictures", (("Content", "Mini model, empty prompt", "Content size", "Encode content"), ("Style left", "Style right", "Mini model, painting")))),
+            (("2 Invert", (("Schedule",), ("Invert content",), ("Content features, model without LoRA",))),
+             ("3 Style", (("Left half in a style", "Right half in a style"), ("Keep the content's structure", "All styles in one pass")))),
+            (("4 Draw", (("No new noise", "Sampler", "Sample", "Decode", "Result"), ("Compare",))),),
+        ),
+        tuple(
+            Box(f"{side.capitalize()} half in a style",
+                (f"Style {side} size", f"Train the {side} style", f"The {side} half: nothing", f"The {side} half: everything",
+                 f"The {side} half: soft edges", f"The {side} half", f"Style {side}: where and how much"),
+                (_dial("strength", (f"Style {side}: where and how much", "strength")), _dial("training steps", (f"Train the {side} style", "steps"))))
+            for side in ("left", "right")
+        ),
+        {NOTE: (560, 180), "Result": (260, 320), "Compare": (430, 520)},
+        ("Content", "Style left", "Result"),
+    ),
+    Template(
+        "08 Click an object - restyle only that", "fastsam_localized_style_mini",
+        "## Click on what shall be restyled\n\n"
+        "Left click on the picture takes an object, right click leaves one out, a drag draws a box; then **Run**.\n\n"
+        "Two ways to draw it: StyleID at once, DiffStyler with a LoRA it trains. Outside the mask nothing changes.\n\n"
+        "The small segmenter knows drawn shapes only. For photos put FastSAM-s.pt into models/fastsam.",
+        (
+            (("", ((NOTE,),)), ("1 Pictures", (("Content", "Style"), ("Mini model, empty prompt", "Mini model, painting", "Content size", "Style size", "Encode content", "Encode style")))),
+            (("2 Pick", (("Pick the objects to restyle",), ("Segmenter", "Objects and mask"))),
+             ("3 Invert", (("Schedule", "Sampler"), ("Invert content",), ("Invert style",)))),
+            (("4 Style", (("StyleID", "DiffStyler"),)),
+             ("", (("Compare StyleID",),))),
+            (("5 Results", (("StyleID on the object", "DiffStyler on the object"),)),
+             ("", (("Compare DiffStyler",),))),
+        ),
+        (
+            Box("StyleID",
+                ("Content features", "Style features", "The object in the style's tones", "StyleID in the object", "StyleID: leave the rest as it is",
+                 "Sample with StyleID", "Decode StyleID"),
+                (_dial("gamma", ("StyleID in the object", "gamma")), _dial("temperature", ("StyleID in the object", "temperature"))),
+                {"Decode StyleID": "image"}),
+            Box("DiffStyler",
+                ("Train the style", "Style LoRA", "Content features, model without LoRA", "Keep the content's structure",
+                 "DiffStyler: leave the rest as it is", "Sample with DiffStyler", "Decode DiffStyler"),
+                (_dial("LoRA strength", ("Style LoRA", "strength_model")), _dial("training steps", ("Train the style", "steps"))),
+                {"Decode DiffStyler": "image"}),
+        ),
+        {NOTE: (560, 200), "Pick the objects to restyle": (380, 600), "Objects and mask": (260, 380), "StyleID on the object": (320, 360),
+         "DiffStyler on the object": (320, 360), "Compare StyleID": (320, 400), "Compare DiffStyler": (320, 400)},
+        ("Content", "Style", "StyleID on the object"),
+    ),
+]
+
+
+def _with(template: Template, file: str, api: str, note: str, models: tuple[str, ...], sizes: dict[str, tuple[int, int]] | None = None,
+          after: dict[str, str] | None = None) -> Template:
+    """A template's layout for its graph with a large model: a column of loaders and prompts instead of the mini model's."""
+    stacks = []
+    for stack in template.stacks:
+        groups = []
+        for title, columns in stack:
+            columns = [tuple(n for name in column for n in ((name, after[name]) if name in (after or {}) else (name,)) if not name.startswith("Mini model"))
+                       for column in columns]
+            if title == "1 Pictures":
+                columns.insert(len(columns) - 1, models)
+            groups.append((title, tuple(column for column in columns if column)))
+        stacks.append(tuple(groups))
+    text = note + "\n\n" + template.note.partition("\n\n")[2]
+    return Template(file, api, text, tuple(stacks), template.boxes, {**template.sizes, **(sizes or {})})
+
+
+def _by_api(api: str) -> Template:
+    return next(template for template in TEMPLATES if template.api == api)
+
+
+NEEDS = "## {}\n\nNeeds a checkpoint: choose yours in *Checkpoint*, or let ComfyUI download the one named there."
+SD = "Checkpoint (any SD1.x or SD2.x)"
+SDXL = "Checkpoint (SD1.5, SD2, SDXL)"
+PROMPTS = ("What the style picture shows", "Prompt", "Negative prompt", "Empty prompt")
+
+TEMPLATES += [
+    _with(_by_api("styleid_mini"), "11 StyleID - with your checkpoint", "styleid", NEEDS.format("StyleID with a large model"),
+          (SDXL, "Empty prompt"), {NOTE: (790, 210), "Compare": (310, 310), "How well the content inverts": (310, 260)},
+          {"Compare": "How well the content inverts"}),
+    _with(_by_api("injectfusion_mini"), "12 InjectFusion - with your checkpoint", "injectfusion",
+          NEEDS.format("InjectFusion with a large model"), (SDXL, "Empty prompt")),
+    _with(_by_api("injectfusion_mini"), "13 InjectFusion - unconditional, a diffusers folder", "injectfusion_unconditional",
+          "## InjectFusion as in the paper\n\nNeeds a diffusers folder: put `config.json` and `diffusion_pytorch_model.safetensors` of "
+          "huggingface.co/google/ddpm-church-256 into `models/diffusers/ddpm-church-256`, then reload the page.",
+          ("Unconditional DDPM",), {NOTE: (790, 220)}),
+    _with(_by_api("diffstyler_train_mini"), "14 Train a style LoRA - with your checkpoint", "diffstyler_train",
+          NEEDS.format("A style LoRA for a large model"), (SD, *PROMPTS), {NOTE: (800, 180), "Compare": (400, 500)}),
+    _with(_by_api("diffstyler_mini"), "15 DiffStyler - with your checkpoint", "diffstyler",
+          NEEDS.format("DiffStyler with a large model"), (SD, *PROMPTS), {NOTE: (800, 200), "Compare": (300, 360), "Result": (240, 300)}),
+    _with(_by_api("diffstyler_multistyle_mini"), "16 Two styles in one picture - with your checkpoint", "diffstyler_multistyle",
+          NEEDS.format("Two styles, one sampling"), (SD, *PROMPTS), {NOTE: (800, 180), "Compare": (280, 360)}),
+    _with(_by_api("fastsam_localized_style_mini"), "17 Click an object - with your checkpoint", "fastsam_localized_style",
+          NEEDS.format("Click on what shall be restyled") + " FastSAM-s.pt goes into models/fastsam; it wants "
+          "`pip install --no-deps ultralytics opencv-python-headless`.",
+          (SD, *PROMPTS), {NOTE: (800, 220), "Compare StyleID": (290, 360), "Compare DiffStyler": (290, 360),
+                           "StyleID on the object": (290, 340), "DiffStyler on the object": (290, 340)}),
+]

@@ -1,0 +1,57 @@
+"""Thumbnails of the templates from what their graphs give: the result large, content and style small in its corner."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from host.comfy import Server
+from host.environment import ROOT
+from PIL import Image, ImageOps
+from templates import TEMPLATES, Template
+
+SIZE, INSET, EDGE = 512, 150, 6
+RESULTS = ROOT / ".environment" / "artifacts" / "results"
+
+
+def run(server: Server, template: Template, prompt: dict) -> dict[str, Path]:
+    """Runs the graph as it is shipped and keeps the pictures named in `template.shown`; path by title."""
+    prompt = json.loads(json.dumps(prompt))
+    keys = {node["_meta"]["title"]: key for key, node in prompt.items()}
+    for title in template.shown[:2]:
+        prompt[f"shown {title}"] = {"class_type": "PreviewImage", "inputs": {"images": [keys[title], 0]}, "_meta": {"title": title}}
+        keys[title] = f"shown {title}"
+    result = server.run(prompt)
+    found = {}
+    for title in template.shown:
+        image = next(image for image in result.images if image["node"] == keys[title])
+        found[title] = server.download(image, RESULTS / template.api / f"{template.shown.index(title)}.png")
+    return found
+
+
+def compose(template: Template, pictures: list[Image.Image]) -> Image.Image:
+    """(content, style, result) as one square picture."""
+    content, style, result = pictures
+    sheet = ImageOps.fit(result.convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS)
+    for number, picture in enumerate((content, style)):
+        inset = ImageOps.expand(ImageOps.fit(picture.convert("RGB"), (INSET, INSET), Image.Resampling.LANCZOS), EDGE, "white")
+        sheet.paste(inset, (EDGE * 2 + number * (INSET + 3 * EDGE), SIZE - INSET - 4 * EDGE))
+    return sheet
+
+
+def make(server: Server, template: Template, prompt: dict) -> None:
+    """Runs the graph of a mini template and writes its thumbnail, and that of its sister for a checkpoint."""
+    run(server, template, prompt)
+    write(template)
+
+
+def write(template: Template) -> None:
+    """The thumbnail from the pictures that `run` has kept; the same for the template of that method with a checkpoint."""
+    pictures = [Image.open(io.BytesIO((RESULTS / template.api / f"{i}.png").read_bytes())) for i in range(3)]
+    sheet = compose(template, pictures)
+    for sister in TEMPLATES:
+        if sister is template or sister.api in (template.api.removesuffix("_mini"), f"{template.api.removesuffix('_mini')}_unconditional"):
+            target = ROOT / "workflows" / f"{sister.file}.jpg"
+            sheet.save(target.with_suffix(".part"), "JPEG", quality=88)
+            target.with_suffix(".part").replace(target)
