@@ -59,7 +59,7 @@ def _dial(label: str, *turns: tuple[str, str]) -> tuple[str, tuple[tuple[str, st
 QUICK = Box(
     "Photo in the painting's style",
     ("Mini model", "Photo size", "Painting size", "Encode content", "Encode style", "Schedule", "Invert content", "Invert style",
-     "Content features", "Style features", "Content in the style's tones", "Style injection", "Sampler", "Sample", "Decode"),
+     "Content in the style's tones", "Style injection", "Sampler", "Sample", "Decode"),
     (
         _dial("style amount", ("Style injection", "strength"), ("Content in the style's tones", "strength")),
         _dial("keep the photo's shapes", ("Style injection", "gamma")),
@@ -99,7 +99,7 @@ TEMPLATES = [
         (
             (("", ((NOTE,),)),
              ("1 Pictures", (("Content", "Style"), ("Mini model", "Content size", "Style size"), ("Schedule", "Encode content", "Encode style")))),
-            (("2 Invert", (("Invert content", "Invert style"), ("Content features", "Style features"))),
+            (("2 Invert", (("Invert content",), ("Invert style",))),
              ("3 Style", (("Content in the style's tones",), ("Style injection",)))),
             (("4 Draw", (("Sampler", "Sample", "Decode", "Result"), ("Compare",))),),
         ),
@@ -197,7 +197,7 @@ TEMPLATES = [
         "08 Click an object - restyle only that", "fastsam_localized_style_mini",
         "## Click on what shall be restyled\n\n"
         "Left click on the picture takes an object, right click leaves one out, a drag draws a box; then **Run**.\n\n"
-        "Two ways to draw it: StyleID at once, DiffStyler with a LoRA it trains. Outside the mask nothing changes.\n\n"
+        "**Change first:** the marks, then *gamma* and *LoRA strength*. Two ways to draw it: StyleID at once, DiffStyler with a LoRA it trains. Outside the mask nothing changes.\n\n"
         "The small segmenter knows drawn shapes only. For photos put FastSAM-s.pt into models/fastsam.",
         (
             (("", ((NOTE,),)), ("1 Pictures", (("Content", "Style"), ("Mini model, empty prompt", "Mini model, painting", "Content size", "Style size", "Encode content", "Encode style")))),

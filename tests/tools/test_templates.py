@@ -12,7 +12,7 @@ FOLDER = ROOT / "workflows"
 
 def nodes(template):
     workflow = json.loads((FOLDER / f"{template.file}.json").read_text(encoding="utf-8"))
-    return workflow["nodes"] + [node for graph in workflow.get("definitions", {}).get("subgraphs", []) for node in graph["nodes"]]
+    return workflow["nodes"] + [node for graph in (workflow.get("definitions") or {}).get("subgraphs", []) for node in graph["nodes"]]
 
 
 def test_every_graph_has_one_template_and_no_file_is_left_over():
