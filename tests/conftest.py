@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from support.devices import MODES, ON_CPU, SIMULATED, TEST_DEVICE, available_modes, memory_mode
+from support.devices import MODES, ON_CPU, SIMULATED, TEST_DEVICE, available_modes, memory_mode, own_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDS_COMFYUI = ("host", "nodes", "neighbours", "server", "browser")
@@ -112,6 +112,16 @@ def memory(request):
     name = getattr(request, "param", "default")
     with memory_mode(name):
         yield name
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """What a test and its fixtures do themselves may mix devices, unless it is marked `strict`."""
+    if ON_CPU or COMFYUI is None or item.get_closest_marker("strict"):
+        yield
+        return
+    with own_tensors():
+        yield
 
 
 @pytest.fixture(autouse=SIMULATED)

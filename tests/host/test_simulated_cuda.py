@@ -13,6 +13,8 @@ from support.models import tiny_cond, tiny_unet
 from support.sampling import random_latent, sample, schedule
 from support.simulated_cuda import device
 
+pytestmark = pytest.mark.strict
+
 
 def cpu():
     return torch.ones(3, 4)

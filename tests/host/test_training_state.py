@@ -3,7 +3,6 @@
 import functools
 import json
 import logging
-import os
 import shutil
 
 import pytest
@@ -144,28 +143,6 @@ def test_a_failing_save_costs_the_file_not_the_training(train, folder, monkeypat
     trained = train(5)
     assert trained.steps == 5 and "could not be written after step 5" in trained.summary()
     assert training_state.TrainingState(training_state.state_path("style")).step == 3  # the last whole file
-
-
-def test_partial_files_have_names_of_their_own_and_do_not_stay(folder):
-    path = folder / "style.training.safetensors"
-    with training_state.whole_file(path) as one, training_state.whole_file(path) as other:
-        assert one != other and one.parent == other.parent == folder
-        one.write_bytes(b"1")
-        other.write_bytes(b"2")
-    assert path.read_bytes() == b"1" and [entry.name for entry in folder.iterdir()] == [path.name]
-    killed, running = folder / f"{path.name}.123.partial", folder / f"{path.name}.456.partial"
-    foreign = folder / "other.training.safetensors.123.partial"
-    for left in (killed, running, foreign):
-        left.write_bytes(b"half")
-    for left in (killed, foreign):
-        os.utime(left, (0, 0))
-    with training_state.whole_file(path) as partial:
-        partial.write_bytes(b"3")
-    assert path.read_bytes() == b"3" and not killed.exists() and running.exists() and foreign.exists()
-    with pytest.raises(RuntimeError), training_state.whole_file(path) as partial:
-        partial.write_bytes(b"4")
-        raise RuntimeError
-    assert path.read_bytes() == b"3" and not partial.exists()
 
 
 def test_time_left():

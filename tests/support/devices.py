@@ -6,13 +6,19 @@ PASTICHE_TEST_DEVICE is cpu (default), simulated (support.simulated_cuda) or cud
     @pytest.mark.device("default", "partial")     in these modes only
 
 On the CPU there is one way to hold a model, and a marked test runs once.
+
+On a device, what a test does itself may mix devices (`own_tensors`): its expected values are on the CPU wherever
+the pack's results are. Inside ComfyUI and the pack nothing may.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 TEST_DEVICE = os.environ.get("PASTICHE_TEST_DEVICE", "cpu")
 ON_CPU, SIMULATED = TEST_DEVICE == "cpu", TEST_DEVICE == "simulated"
@@ -66,3 +72,58 @@ def _load_half(patch) -> None:
         return load(self, lowvram_model_memory if self.device.type == "cpu" else max(room, 0.1), force_patch_weights)
 
     patch.setattr(management.LoadedModel, "model_load", partially)
+
+
+TESTS = str(Path(__file__).resolve().parents[1])
+
+
+def _called_by_test(depth: int) -> bool:
+    """Whether the nearest caller outside of PyTorch is a file of tests/."""
+    frame = sys._getframe(depth)
+    while frame is not None and f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(TESTS)
+
+
+@contextlib.contextmanager
+def own_tensors() -> Iterator[None]:
+    """Within it, operators and modules that tests call themselves take CPU tensors to the device of the others."""
+    import comfy.model_base
+    import pytest
+    import torch
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._pytree import tree_iter, tree_map_only
+
+    def moved(values, device):
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device) if tensor.device.type == "cpu" else tensor, values)
+
+    def device_of(values) -> torch.device | None:
+        """The device where CPU tensors are mixed with it."""
+        found = {value.device for value in tree_iter(values) if isinstance(value, torch.Tensor)}
+        others = [device for device in found if device.type not in ("cpu", "meta")]
+        return others[0] if len(found) > 1 and others else None
+
+    class Mixed(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            device = device_of((args, kwargs))
+            if device is not None and getattr(function, "__name__", "") != "copy_" and _called_by_test(2):
+                args, kwargs = moved((args, kwargs), device)
+            return function(*args, **kwargs)
+
+    def takes_cpu_tensors(call):
+        @functools.wraps(call)
+        def wrapped(self, *args, **kwargs):
+            if _called_by_test(2):
+                device = next((parameter.device for parameter in self.parameters() if parameter.is_cuda), None)
+                args, kwargs = moved((args, kwargs), device) if device is not None else (args, kwargs)
+            return call(self, *args, **kwargs)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch, Mixed():
+        patch.setattr(torch.nn.Module, "__call__", takes_cpu_tensors(torch.nn.Module.__call__))
+        for name in ("apply_model", "process_latent_in", "process_latent_out"):
+            patch.setattr(comfy.model_base.BaseModel, name, takes_cpu_tensors(getattr(comfy.model_base.BaseModel, name)))
+        patch.setattr(torch.testing, "assert_close", functools.partial(torch.testing.assert_close, check_device=False))
+        yield

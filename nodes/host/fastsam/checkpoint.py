@@ -19,12 +19,15 @@ import copy
 import math
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from ..files import atomic_write
 
 FORMAT = "yolov8-seg"
 MASKS = 32  # prototypes, and mask coefficients per detection
@@ -158,8 +161,8 @@ def save_safetensors(weights: SegmenterWeights, path: str) -> None:
     """Write weights in half precision, whole or not at all."""
     numbers = {key: str(value) for key, value in asdict(weights).items() if key != "state"}
     halves = {key: _shrink(tensor) for key, tensor in weights.state.items()}
-    save_file(halves, path + ".part", metadata={"format": FORMAT, **numbers})
-    os.replace(path + ".part", path)
+    with atomic_write(Path(path)) as partial:
+        save_file(halves, str(partial), metadata={"format": FORMAT, **numbers})
 
 
 def _shrink(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...algorithms.segments import Segments, decode_segments
+from ..files import register_models_folder
 from .checkpoint import read_checkpoint
 from .network import STRIDE, OnnxNetwork, TorchNetwork
 from .text import NO_FOLDER, CoreEncoder, FolderEncoder, PairEncoder, find_clip_folder
@@ -30,10 +31,8 @@ LEAST_SCORE = 0.02  # predictions below are not worth keeping
 
 def register_fastsam_folder() -> None:
     """Make models/fastsam, and models/ultralytics/segm if it is there, known to ComfyUI."""
-    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
-    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, "ultralytics", "segm"))
-    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(EXTENSIONS))
+    folders = (FOLDER, os.path.join("ultralytics", "segm"))
+    register_models_folder(FOLDER, EXTENSIONS, *(os.path.join(folder_paths.models_dir, folder) for folder in folders))
 
 
 def list_fastsam() -> list[str]:

@@ -11,11 +11,11 @@ import os
 import sys
 
 import comfy.model_management
-import comfy.model_patcher
 import folder_paths
 import torch
 from torch import Tensor
 
+from ..whole_models import WholeModelPatcher
 from .checkpoint import MASKS, SegmenterWeights
 
 STRIDE = 32  # image sides the network takes are multiples of this
@@ -30,7 +30,7 @@ class TorchNetwork:
 
     def __init__(self, weights: SegmenterWeights, name: str):
         self.size = weights.size
-        self.patcher = comfy.model_patcher.ModelPatcher(
+        self.patcher = WholeModelPatcher(
             _build(weights, name),
             load_device=comfy.model_management.get_torch_device(),
             offload_device=comfy.model_management.unet_offload_device(),

@@ -7,12 +7,12 @@ import os
 from typing import Protocol
 
 import comfy.model_management
-import comfy.model_patcher
 import folder_paths
 import torch
 from torch import Tensor
 
 from ...algorithms.segments import Segments, crop_objects, rank_by_similarity, render_masks
+from ..whole_models import WholeModelPatcher
 
 FOLDERS = ("text_encoders", "clip_vision")
 NO_FOLDER = "none"
@@ -104,7 +104,7 @@ class FolderEncoder:
             raise ValueError(f"{os.path.basename(path)} is no complete CLIP folder of transformers: {error}") from error
         self.size = model.config.vision_config.image_size
         self.mean, self.deviation = _normalisation(path)
-        self.patcher = comfy.model_patcher.ModelPatcher(
+        self.patcher = WholeModelPatcher(
             torch.nn.Sequential(model.float().eval().requires_grad_(False)),  # CLIPModel's own `device` is read-only
             load_device=comfy.model_management.text_encoder_device(),
             offload_device=comfy.model_management.text_encoder_offload_device(),

@@ -112,7 +112,7 @@ def open_writer(
     _check_room(size, memory, model.load_device)
     if memory == "disk":
         named = {str(key): (steps, *shape) for key, shape in shapes.items()}
-        return FileWriter(temporary_path(), named, dict.fromkeys(named, dtype), {"format": "pastiche-features"})
+        return FileWriter(temporary_path(), named, dict.fromkeys(named, dtype), {"format": "pastiche-features"}, durable=False)
     return MemoryStore(shapes, steps, dtype, torch.device("cpu") if memory == "ram" else model.load_device)
 
 

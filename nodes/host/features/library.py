@@ -12,6 +12,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...sockets import FeatureBank, FeatureKey, Fingerprint, Trajectory
+from ..files import register_models_folder
 from ..networks.families import find_adapter
 from ..networks.fingerprint import fingerprint, require_same_model
 from ..networks.marks import require_plain
@@ -27,10 +28,8 @@ CONTEXT, POOLED = "conditioning.context", "conditioning.pooled_output"
 
 def register_folder() -> None:
     """Makes models/pastiche_features and output/pastiche_features known to ComfyUI, .safetensors only."""
-    for root in (folder_paths.models_dir, folder_paths.get_output_directory()):
-        folder_paths.add_model_folder_path(FOLDER, os.path.join(root, FOLDER))
-    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
+    roots = (folder_paths.models_dir, folder_paths.get_output_directory())
+    register_models_folder(FOLDER, {".safetensors"}, *(os.path.join(root, FOLDER) for root in roots))
 
 
 def list_files() -> list[str]:

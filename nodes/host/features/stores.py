@@ -1,13 +1,15 @@
-"""Where captured features live: memory, or one memory-mapped safetensors file."""
+"""Where captured features live: memory, or one safetensors file."""
 
 from __future__ import annotations
 
 import json
 import os
 import struct
+import threading
 import weakref
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import comfy.model_management
 import folder_paths
@@ -15,6 +17,7 @@ import safetensors
 import torch
 
 from ...sockets import FeatureKey
+from ..files import PartialFile
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -32,48 +35,102 @@ def readable_size(count: int) -> str:
 
 
 class MemoryStore:
-    """Features in RAM (pinned where CUDA is, so that a step's upload does not wait) or on the model's device."""
+    """Features in RAM (pinned by ComfyUI where it pins, so that a step's upload does not wait) or on the model's device.
+
+    All tensors lie in one buffer of exactly their size: pinning takes whole pages, and PyTorch's own allocator powers of two.
+    """
 
     def __init__(self, shapes: Shapes, steps: int, dtype: torch.dtype, device: torch.device):
-        pinned = device.type == "cpu" and comfy.model_management.is_nvidia()
-        self._tensors = {
-            key: torch.empty((steps, *shape), dtype=dtype, device=device, pin_memory=pinned)
-            for key, shape in shapes.items()
-        }
-        self.nbytes = sum(tensor.nbytes for tensor in self._tensors.values())
+        sizes = {key: steps * prod(shape) * dtype.itemsize for key, shape in shapes.items()}
+        self.nbytes = sum(sizes.values())
+        buffer = torch.empty(sum(map(_aligned, sizes.values())), dtype=torch.uint8, device=device)
+        self._tensors, offset = {}, 0
+        for key, shape in shapes.items():
+            self._tensors[key] = buffer[offset : offset + sizes[key]].view(dtype).view(steps, *shape)
+            offset += _aligned(sizes[key])
+        if device.type == "cpu" and comfy.model_management.pin_memory(buffer):
+            weakref.finalize(self, comfy.model_management.unpin_memory, buffer).atexit = False
 
     def write(self, key: FeatureKey, step: int, tensor: torch.Tensor) -> None:
         self._tensors[key][step - 1].copy_(tensor)
 
     def read(self, key: FeatureKey, step: int, device: torch.device) -> torch.Tensor:
-        return self._tensors[key][step - 1].to(device, non_blocking=True)
+        return _upload(self._tensors[key][step - 1], device)
 
 
 class FileStore:
-    """Features in a safetensors file, of which a read touches one tensor of one step."""
+    """Features in a safetensors file, of which a read touches one tensor of one step.
+
+    Read through a handle, not mapped into memory: a mapped file that is cut short ends the process.
+    """
 
     def __init__(self, path: Path, temporary: bool = False):
         self.path = path
-        self._file = open_safetensors(path)
-        self.metadata = self._file.metadata() or {}
+        with open_safetensors(path) as file:
+            self.metadata = file.metadata() or {}
+        self._handle = open(path, "rb")
+        header = int.from_bytes(self._handle.read(8), "little")
+        entries = json.loads(self._handle.read(header))
+        self._places = {
+            name: (8 + header + entry["data_offsets"][0], entry["dtype"], entry["shape"])
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        }
+        self._written = self._state()
         self.nbytes = path.stat().st_size
-        if temporary:
-            weakref.finalize(self, path.unlink, missing_ok=True)
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close, self._handle, path if temporary else None)
 
     def read(self, key: FeatureKey, step: int, device: torch.device) -> torch.Tensor:
-        return self._file.get_slice(str(key))[step - 1].to(device, non_blocking=True)
+        start, _, shape = self._places[str(key)]
+        size = prod(shape[1:]) * self.dtype(str(key)).itemsize
+        return _upload(self._load(start + (step - 1) * size, size).view(self.dtype(str(key))).view(shape[1:]), device)
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name)
+        start, _, shape = self._places[name]
+        return self._load(start, prod(shape) * self.dtype(name).itemsize).view(self.dtype(name)).view(shape)
 
     def tensor_names(self) -> list[str]:
-        return list(self._file.keys())
+        return list(self._places)
 
     def shape(self, name: str) -> list[int]:
-        return self._file.get_slice(name).get_shape()
+        return list(self._places[name][2])
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self._file.get_slice(name).get_dtype()]
+        """Raises ValueError for a type that features are never saved in."""
+        kind = self._places[name][1]
+        if kind not in DTYPES:
+            raise ValueError(f'"{self.path.name}": {name} is {kind}; features are {", ".join(DTYPES)}. Save the features again.')
+        return DTYPES[kind]
+
+    def _load(self, start: int, size: int) -> torch.Tensor:
+        data = torch.empty(size, dtype=torch.uint8)
+        with self._lock:
+            self._handle.seek(start)
+            found = self._handle.readinto(data.numpy().data) if size else 0
+            if found != size or self._state() != self._written:
+                raise ValueError(f'"{self.path.name}" has changed on the disk since it was loaded. Load the features again.')
+        return data
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self._handle.fileno())
+        return found.st_size, found.st_mtime_ns
+
+
+def _aligned(size: int) -> int:
+    """The next multiple of 64 bytes, as PyTorch aligns memory."""
+    return -(-size // 64) * 64
+
+
+def _upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Without waiting towards a device; towards the CPU the bytes must be there when this returns."""
+    return tensor.to(device, non_blocking=device.type != "cpu" and comfy.model_management.device_supports_non_blocking(device))
+
+
+def _close(handle: BinaryIO, path: Path | None) -> None:
+    handle.close()
+    if path is not None:
+        path.unlink(missing_ok=True)
 
 
 def open_safetensors(path: Path):
@@ -89,12 +146,13 @@ class FileWriter:
 
     Tensors have shape (steps, B, ...); the file appears under its name only when `finish` is called,
     and leaves nothing behind otherwise. The layout is that of the safetensors format: a little-endian
-    header length, a JSON header, the data.
+    header length, a JSON header, the data. durable: see PartialFile.commit.
     """
 
-    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype], metadata: dict):
-        self.path = path
-        self._partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    def __init__(
+        self, path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype], metadata: dict, durable: bool = True
+    ):
+        self.path, self._durable = path, durable
         header: dict = {"__metadata__": metadata}
         offset = 0
         for name, shape in shapes.items():
@@ -105,9 +163,14 @@ class FileWriter:
         encoded += b" " * (-len(encoded) % 8)
         self._start = 8 + len(encoded)
         self._header, self._dtypes = header, dtypes
-        self._handle = open(self._partial, "wb")
-        self._handle.write(struct.pack("<Q", len(encoded)) + encoded)
-        self._handle.truncate(self._start + offset)
+        self._partial = PartialFile(path)
+        self._handle = self._partial.handle
+        try:
+            self._handle.write(struct.pack("<Q", len(encoded)) + encoded)
+            self._handle.truncate(self._start + offset)
+        except BaseException:
+            self.discard()
+            raise
 
     def write(self, key: FeatureKey | str, step: int, tensor: torch.Tensor) -> None:
         """Fills row `step` - 1 of a tensor; step 0 fills the whole of it."""
@@ -121,13 +184,10 @@ class FileWriter:
         self._handle.write(data.view(torch.uint8).numpy().data if data.numel() else b"")
 
     def finish(self) -> Path:
-        self._handle.close()
-        os.replace(self._partial, self.path)
-        return self.path
+        return self._partial.commit(self._durable)
 
     def discard(self) -> None:
-        self._handle.close()
-        self._partial.unlink(missing_ok=True)
+        self._partial.discard()
 
 
 def temporary_path() -> Path:

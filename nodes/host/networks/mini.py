@@ -126,7 +126,7 @@ class MiniVAE(comfy.sd.VAE):
         self.memory_used_encode = lambda shape, dtype: 32 * shape[2] * shape[3] * comfy.model_management.dtype_size(dtype)
         self.memory_used_decode = lambda shape, dtype: 1024 * shape[2] * shape[3] * comfy.model_management.dtype_size(dtype)
         comfy.model_management.archive_model_dtypes(self.first_stage_model)
-        self.patcher = ModelPatcher(
+        self.patcher = WholeModelPatcher(
             self.first_stage_model, load_device=self.device, offload_device=comfy.model_management.vae_offload_device()
         )
         self.patcher.cached_patcher_init = (_load_vae_patcher, ())

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import time
-import uuid
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import folder_paths
 import safetensors
@@ -18,10 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..files import atomic_write
+
 SAVE_EVERY = 50  # steps
 SUFFIX = ".training.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-ABANDONED = 600  # seconds after which a partial file belongs to a process that is no more
 
 
 class TrainingState:
@@ -52,7 +49,7 @@ class TrainingState:
             return
         needed = 3 * sum(parameter.numel() * parameter.element_size() for parameter in adapters.parameters())
         try:
-            with whole_file(self.path, replace=False) as partial:
+            with atomic_write(self.path, replace=False) as partial:
                 partial.write_bytes(b"pastiche")
             free = shutil.disk_usage(self.path.parent).free
         except OSError as error:
@@ -100,7 +97,7 @@ class TrainingState:
         progress = {"step": self.step, "updates": updates, "losses": self.losses, "scaler": scaler.state_dict()}
         metadata = {"identity": json.dumps(self.identity), "progress": json.dumps(progress)}
         try:
-            with whole_file(self.path) as partial:
+            with atomic_write(self.path) as partial:
                 safetensors.torch.save_file(tensors, str(partial), metadata)
             self.trouble = ""
         except (OSError, safetensors.SafetensorError) as error:
@@ -132,27 +129,6 @@ class TrainingState:
                 "file, or choose another checkpoint name."
             )
         self.step, self.updates, self.losses, self._scaler = step, updates, losses, scaler
-
-
-@contextmanager
-def whole_file(path: Path, replace: bool = True) -> Iterator[Path]:
-    """A new temporary name beside `path`, for a file that becomes `path` when the block ends well; complete or not at
-    all, also when the power fails. Removes what killed processes left of earlier ones. replace False: only a trial.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob("*.partial"):
-        with suppress(OSError):  # another process was faster
-            if old.name.startswith(f"{path.name}.") and time.time() - old.stat().st_mtime > ABANDONED:
-                old.unlink()
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
-    try:
-        yield partial
-        with open(partial, "rb+") as handle:
-            os.fsync(handle.fileno())
-        if replace:
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _exists(path: Path) -> bool:

@@ -17,6 +17,7 @@ def install(total: int = 8 << 30) -> None:
     """Lets torch.cuda speak of the device. total: its memory in bytes."""
     if torch.version.cuda is None:
         _patch_torch_cuda()
+        torch.empty(1).pin_memory()  # PyTorch asks whether memory is pinned only once the device was initialised
     memory(total)
 
 
