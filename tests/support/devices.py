@@ -77,17 +77,20 @@ def _load_half(patch) -> None:
 TESTS = str(Path(__file__).resolve().parents[1])
 
 
+BETWEEN = (f"{os.sep}torch{os.sep}", f"{os.sep}nodes{os.sep}algorithms{os.sep}")
+
+
 def _called_by_test(depth: int) -> bool:
-    """Whether the nearest caller outside of PyTorch is a file of tests/."""
+    """Whether the nearest caller outside of PyTorch and of the equations is a file of tests/."""
     frame = sys._getframe(depth)
-    while frame is not None and f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
+    while frame is not None and any(part in frame.f_code.co_filename for part in BETWEEN):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename.startswith(TESTS)
 
 
 @contextlib.contextmanager
 def own_tensors() -> Iterator[None]:
-    """Within it, operators and modules that tests call themselves take CPU tensors to the device of the others."""
+    """Within it, operators, equations and modules that tests call themselves take CPU tensors to the device of the others."""
     import comfy.model_base
     import pytest
     import torch
