@@ -20,6 +20,7 @@ from comfy.model_patcher import ModelPatcher
 from safetensors import SafetensorError, safe_open
 
 from ...algorithms.mini_autoencoder import LATENT_CHANNELS, PATCH, MiniAutoencoder
+from ..whole_models import WholeModelPatcher
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "assets" / "mini.safetensors"
 TRANSFORMER_WEIGHTS = WEIGHTS.with_name("mini_transformer.safetensors")
