@@ -35,7 +35,7 @@ OF_TRANSFORMERS = {f"join, {name}": dict(share="join", temperature=1.0, cures=cu
 
 class Pair:
     def __init__(self, architecture: str, content: torch.Tensor, style: torch.Tensor, steps: int):
-        self.model, self.vae, self.kinds = load_mini(architecture)
+        self.model, self.vae, self.kinds = load_mini(architecture=architecture)
         self.sigmas = schedule(self.model, steps, "simple")
         self.content, self.style = ({"samples": self.vae.encode(image.movedim(1, -1))} for image in (content, style))  # BCHW -> BHWC
         self.noise = torch.randn(self.content["samples"].shape, generator=torch.Generator().manual_seed(11))

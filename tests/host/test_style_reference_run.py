@@ -19,7 +19,7 @@ from pastiche.nodes.host.references.settings import Cures, Reference
 from pastiche.nodes.host.references.sharing import Part, Sharing
 from pastiche.nodes.host.references.sources import seeded_noise
 from pastiche.nodes.host.trajectories.inversion import invert
-from support.families import family_cond, family_latent, tiny_model
+from support.families import UNREACHED, family_cond, family_latent, tiny_model
 from support.models import tiny_cond, tiny_unet
 from support.sampling import random_latent, sample, schedule
 
@@ -183,16 +183,13 @@ def test_steps_outside_the_range_run_no_rows():
     assert {rows for sigma, rows in seen if sigma < low} == {1} and {rows for sigma, rows in seen if sigma >= low} == {2}
 
 
-def test_a_network_that_asks_no_override_is_named():
-    model = tiny_model("flux")
-    patched = style_reference(model, {"samples": family_latent("flux")}, None, None, **SETTINGS)
-
-    def deaf(executor, x, t, c_concat, c_crossattn, control, options, **kwargs):
-        return executor(x, t, c_concat, c_crossattn, control, {**options, "optimized_attention_override": lambda func, *a, **k: func(*a, **k)}, **kwargs)
-
-    patched.add_wrapper_with_key("apply_model", "test", deaf)
-    with pytest.raises(ValueError, match="^Flux: Style Reference cannot reach this model"):
-        sample(patched, family_latent("flux"), schedule(model, 2, "simple"), family_cond("flux"))
+@pytest.mark.parametrize("name", UNREACHED)
+def test_a_network_that_asks_no_override_is_named(name):
+    model = tiny_model(name)
+    latent = family_latent(name, size=(64, 64))  # PixArt knows no smaller picture
+    patched = style_reference(model, {"samples": latent}, None, None, **SETTINGS)
+    with pytest.raises(ValueError, match=f"^{type(model.model.model_config).__name__}: Style Reference cannot reach this model"):
+        sample(patched, latent, schedule(model, 2, "simple"), family_cond(name))
 
 
 def refusal(message, model, latent=None, trajectory=None, content=None, noise=None, sigmas=None, **settings):

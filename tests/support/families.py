@@ -1,6 +1,6 @@
 """Tiny random models of many families, through ComfyUI's own config and model classes.
 
-    FAMILIES                          the names; `spans` of each: what Style Reference must find in it
+    FAMILIES, UNREACHED               the names: whose attention asks for an override, and whose does not; `spans` of each: what Style Reference must find in it
     tiny_model("flux")                MODEL on the CPU, random weights, a forward of a few milliseconds
     family_cond("flux", tokens=7)     a CONDITIONING that fits it
     family_latent("flux")             a LATENT's samples, 8x12 (24 image tokens at patch size 2)
@@ -181,7 +181,31 @@ _TABLE = {
         16, 128, {103: (7, 103)},
     ),
 }
-FAMILIES = tuple(_TABLE)
+_UNREACHED = {
+    "ernie": Family(
+        "ErnieImage",
+        dict(image_model="ernie", hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=64, in_channels=128, out_channels=128,
+             patch_size=1, text_in_dim=16, rope_axes_dim=(4, 6, 6)),
+        16, 128, {},
+    ),
+    "pixart": Family(
+        "PixArtSigma",
+        dict(image_model="pixart_sigma", input_size=1024, pe_interpolation=1.0, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2,
+             caption_channels=16, micro_condition=False, model_max_length=TEXT),
+        16, 4, {},
+    ),
+    "hunyuan_dit": Family(
+        "HunyuanDiT",
+        dict(image_model="hydit", input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2, text_states_dim=16,
+             text_states_dim_t5=16, text_len=TEXT, text_len_t5=TEXT, mlp_ratio=2.0),
+        16, 4, {}, extras=lambda generator: {
+            "conditioning_mt5xl": torch.randn(1, TEXT, 16, generator=generator), "attention_mask": torch.ones(1, TEXT),
+            "attention_mask_mt5xl": torch.ones(1, TEXT),
+        },
+    ),
+}
+FAMILIES, UNREACHED = tuple(_TABLE), tuple(_UNREACHED)
+_TABLE |= _UNREACHED
 
 
 def family(name: str) -> Family:
