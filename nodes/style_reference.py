@@ -90,8 +90,8 @@ class StyleReference(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset", options=[*PRESETS, CUSTOM], default=DEFAULT_PRESET,
-                    tooltip="Against copying the picture's layout: balanced loosens its positions, more style also strengthens it, plain does neither, "
-                    "custom reads the values below.",
+                    tooltip="Against copying the picture's layout: balanced loosens its positions and brings statistics half way to its own, more "
+                    "style does more of both, plain nothing, custom reads the values below.",
                 ),
                 io.String.Input(
                     "weights", default="", advanced=True, tooltip='One number for each style picture, for example "1, 0.5"; empty: equal.'

@@ -38,8 +38,8 @@ class Cures:
 
 
 PRESETS = {
-    "balanced": Cures(untwist_high=0.7, untwist_low=1.1),
-    "more style": Cures(key_scale=1.1, untwist_high=0.5, untwist_low=1.3, token_adain=0.5),
+    "balanced": Cures(key_scale=1.1, untwist_high=0.7, untwist_low=1.1, token_adain=0.5),
+    "more style": Cures(key_scale=1.2, untwist_high=0.5, untwist_low=1.3, token_adain=1.0),
     "plain": Cures(),
 }
 DEFAULT_PRESET = "balanced"
