@@ -11,9 +11,10 @@ from torch import Tensor
 TARGETS = ("qkv", "qkv+out", "all")
 QKV = {
     "to_q", "to_k", "to_v", "to_qkv", "qkv", "q_proj", "k_proj", "v_proj", "wq", "wk", "wv", "q", "k", "v",
-    "add_q_proj", "add_k_proj", "add_v_proj", "linear1",
+    "add_q_proj", "add_k_proj", "add_v_proj", "linear1", "img_qkv", "txt_qkv", "w1q", "w1k", "w1v", "w2q", "w2k", "w2v",
+    "to_query", "to_key", "to_value",
 }
-OUT = {"to_out", "to_add_out", "out_proj", "o_proj", "proj", "out", "wo", "o", "linear2"}
+OUT = {"to_out", "to_add_out", "out_proj", "o_proj", "proj", "out", "wo", "o", "linear2", "w1o", "w2o", "out_layer"}
 
 
 def init_low_rank(in_features: int, out_features: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,9 @@ def test_targets():
     assert select_targets(ADM, "qkv") == [ADM[0]] and select_targets(ADM, "qkv+out") == [ADM[0], ADM[2]]
     fused = ["single_blocks.0.linear1", "double_blocks.0.img_attn.linear1", "time_attention.linear1"]
     assert select_targets(fused, "qkv") == fused[:1]  # only Flux's single blocks hold q, k, v in a layer of that name
+    others = ["double_layers.0.attn.w1q", "blocks.0.attn.img_qkv", "blocks.0.self_attention.to_query", "blocks.0.self_attention.out_layer",
+              "blocks.0.feed_forward.out_layer", "double_layers.0.attn.w2o", "double_layers.0.mlp.w1q"]
+    assert select_targets(others, "qkv") == others[:3] and select_targets(others, "qkv+out") == [*others[:4], others[5]]
     with pytest.raises(ValueError, match='got "q"'):
         select_targets(UNET, "q")
 

@@ -6,12 +6,16 @@ import comfy.lora
 import comfy.sd
 import pytest
 import torch
+from support.families import FAMILIES, family_cond, family_latent, tiny_model
 from support.training import assert_same_gradients, cond_of, gradients, image_of, on_cpu, trainable
 
 from pastiche.nodes.algorithms.training import step_generator
 from pastiche.nodes.host.training.adapters import Adapters
 from pastiche.nodes.host.training.backward import checkpointed, differentiable, norms_of_copies
 from pastiche.nodes.host.training.loop import TrainingSettings, train_style_lora
+from pastiche.nodes.host.training.images import TrainingImages
+
+UNTRAINABLE = ("ltxv", "cosmos_predict2")
 
 
 @pytest.fixture
@@ -93,3 +97,30 @@ def test_trains_and_loads_in_core(cond, data):
     probe = TrainingSettings(steps=20, learning_rate=1e-12, **settings)  # a rate that changes nothing
     losses = [sum(train_style_lora(model, data, cond, probe).losses) for model in (flux, merged)]
     assert losses[1] < 0.98 * losses[0], losses
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in UNTRAINABLE])
+def test_other_families_train(name):
+    """Transformers of ComfyUI, image and video: the layers of `qkv` are found, learn, and are read back by core."""
+    model = tiny_model(name)
+    data, cond = TrainingImages(family_latent(name)[None]), family_cond(name, model=model)
+    settings = dict(steps=1, rank=2, seed=3, learning_rate=1e-3)
+    trained = train_style_lora(model, data, cond, TrainingSettings(**settings))
+    saved = train_style_lora(model, data, cond, TrainingSettings(**settings, gradient_checkpointing=True))
+    ups = [tensor for key, tensor in trained.lora.items() if "lora_up" in key]
+    assert all(bool(tensor.isfinite().all()) for tensor in ups)
+    # Some have layers that nothing reads here: of reference images, of the text in the last block.
+    assert sum(bool(tensor.any()) for tensor in ups) >= 0.75 * len(ups)
+    assert saved.losses[0] == pytest.approx(trained.losses[0], rel=1e-4)
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    assert len(comfy.lora.load_lora(dict(trained.lora), keys)) == len(trained.lora) // 3
+
+
+@pytest.mark.parametrize("name", UNTRAINABLE)
+def test_families_without_a_gradient_are_refused(name):
+    """LTX-Video adds in place to what its attention needs; Cosmos computes rotary embeddings in a kernel without gradient."""
+    model = tiny_model(name)
+    with pytest.raises(ValueError, match="model: it, or a patch of another node on it, cannot be trained through"):
+        train_style_lora(
+            model, TrainingImages(family_latent(name)[None]), family_cond(name, model=model), TrainingSettings(steps=1, rank=2)
+        )

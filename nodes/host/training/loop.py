@@ -278,15 +278,15 @@ class _TrainingLoop(comfy.samplers.Sampler):
 
     def _backward(self, loss: Tensor) -> None:
         """Raises ValueError where a patch on MODEL stops the gradient or cannot be differentiated."""
-        cure = "Something on MODEL (a patch of another node?) cannot be trained through{}. Connect the model from before it."
+        what = "model: it, or a patch of another node on it, cannot be trained through"
         if not loss.requires_grad:
-            raise ValueError(cure.format(": no layer with a LoRA reaches the prediction"))
+            raise ValueError(f"{what}: no layer with a LoRA reaches the prediction. Connect the model from before the patch.")
         try:
             loss.backward()
         except RuntimeError as error:
-            if _out_of_memory(error) or "gradient" not in str(error) and "inplace" not in str(error):
+            if _out_of_memory(error) or not any(word in str(error) for word in ("gradient", "inplace", "backward")):
                 raise
-            raise ValueError(cure.format(f" ({error})")) from error
+            raise ValueError(f"{what}; connect the model from before the patch, if it has one. ({error})") from error
 
     def _micro_batches(self, indices: list[int]) -> Iterator[list[int]]:
         """Rows that can share a forward: at most `micro` of them, of one caption."""
