@@ -160,7 +160,7 @@ def test_core_reloads_it_from_its_file(loaded, file):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(ValueError, match="weights are missing.*mini_transformer.*train_mini"):
+    with pytest.raises(ValueError, match="weights are missing.*mini_transformer.*train_mini.*or choose architecture \"unet\""):
         load_mini(architecture="transformer", transformer=tmp_path / "mini_transformer.safetensors")
 
 
