@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .browser import Browser
-from .comfy import PACK, Result, Server, ServerError
+from .comfy import Result, Server, ServerError
 
 # Messages of ComfyUI's front end itself that any page of it may log.
 _HARMLESS = ("favicon", "ComfyApp graph accessed before initialization")
@@ -61,7 +61,7 @@ class Frontend:
         """Opens the pack's template from the Templates dialog, with the mouse; keeps a picture of the grid if told."""
         before = self.page.evaluate("() => app.graph.id")
         self.page.do(lambda page: page.get_by_role("button", name="Templates").first.click())
-        self.page.do(lambda page: page.get_by_role("button", name=PACK, exact=True).first.click())
+        self.page.do(lambda page: page.get_by_role("button", name="Pastiche", exact=True).first.click())
         card = lambda page: page.get_by_test_id(f"template-workflow-{name}")  # noqa: E731
         self.page.do(lambda page: card(page).wait_for(timeout=20_000))
         if picture:

@@ -1,0 +1,53 @@
+"""Translations: English is what the schemas say; simplified Chinese names every node, input and output, and nothing else."""
+
+import asyncio
+import json
+import re
+
+import pytest
+
+from pastiche.nodes.extension import PasticheExtension
+
+HAN = re.compile(r"[一-鿿]")
+
+
+@pytest.fixture(scope="module")
+def schemas():
+    return {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in asyncio.run(PasticheExtension().get_node_list())}
+
+
+@pytest.fixture(scope="module")
+def chinese(repository):
+    return json.loads((repository / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
+def test_every_node_is_translated(schemas, chinese):
+    assert sorted(chinese) == sorted(schemas)
+    for name, node in chinese.items():
+        assert HAN.search(node["description"]) and node["display_name"], name
+
+
+def test_every_input_and_output_has_its_name(schemas, chinese):
+    """Otherwise add it to locales/zh/nodeDefs.json."""
+    for name, schema in schemas.items():
+        assert {i.id for i in schema.inputs} == set(chinese[name]["inputs"]), name
+        assert [str(k) for k in range(len(schema.outputs))] == list(chinese[name]["outputs"]), name
+        for part in [*chinese[name]["inputs"].values(), *chinese[name]["outputs"].values()]:
+            assert part["name"], name
+
+
+def test_one_word_for_one_input(chinese):
+    """The same input is called the same on every node."""
+    words = {}
+    for node in chinese.values():
+        for key, value in node["inputs"].items():
+            words.setdefault(key, set()).add(value["name"])
+    assert {key: names for key, names in words.items() if len(names) > 1} == {}
+
+
+def test_languages_have_the_same_main_keys(repository):
+    def keys(tree, path=()):
+        return {p for key, value in tree.items() for p in (keys(value, (*path, key)) if isinstance(value, dict) else {(*path, key)})}
+
+    english, chinese = (json.loads((repository / "locales" / language / "main.json").read_text(encoding="utf-8")) for language in ("en", "zh"))
+    assert keys(english) <= keys(chinese)
