@@ -49,7 +49,7 @@ class FastSAMPrompt(io.ComfyNode):
             category=CATEGORY,
             description="Finds every object of an image once, then chooses by points, boxes, text or rank. Pick on the image: left "
             "click takes, right click or shift removes, a drag draws a box. Changing the prompt does not run the network again.",
-            search_aliases=["fastsam", "segment", "mask", "points editor", "point picker", "bbox", "sam", "select object"],
+            search_aliases=["fastsam", "segment", "mask", "mask points", "points editor", "point picker", "bbox", "sam", "select object"],
             is_output_node=True,
             inputs=[
                 FastSAMSocket.Input("fastsam", tooltip="From Load FastSAM."),

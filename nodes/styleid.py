@@ -64,7 +64,7 @@ class StyleInjection(io.ComfyNode):
             category=CATEGORY,
             description="Lets self-attention look at the style image instead of itself: keys and values come from the "
             "style, queries stay near the content's. Sample the content's noise with it, no prompt, cfg 1.",
-            search_aliases=["styleid", "style transfer", "kv injection", "attention", "style injection in diffusion"],
+            search_aliases=["styleid", "style transfer", "style reference", "kv injection", "attention", "style injection in diffusion"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that sampling uses; the checkpoint that the features came from."),
                 FeaturesSocket.Input("style", tooltip="Self-attention features of the style's trajectory. Its size may differ."),

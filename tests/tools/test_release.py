@@ -1,0 +1,44 @@
+"""What a registry install gets: complete without what .comfyignore leaves out, and without placeholders."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def shipped() -> set[str]:
+    def listed(*more):
+        done = subprocess.run(["git", "-c", "core.quotePath=false", "ls-files", "-c", *more], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip("no git checkout")
+        return set(done.stdout.splitlines())
+
+    return listed() - listed("-i", "--exclude-from=.comfyignore")
+
+
+def test_everything_that_runs_is_shipped(shipped):
+    for needed in ("__init__.py", "node_list.json", "nodes/extension.py", "js/sample_picture.js", "js/samples/coffee.jpg",
+                   "assets/samples/content_coffee.jpg", "assets/samples/mask_coffee.png", "assets/samples/LICENSES.md",
+                   "locales/zh/nodeDefs.json", "workflows/api/pastiche_client.py", "workflows/api/quick_start_mini.json", "LICENSE"):
+        assert needed in shipped, needed
+    assert [name for name in shipped if name.startswith("subgraphs/")] and [name for name in shipped if name.endswith(".safetensors")]
+    assert not [name for name in shipped if name.startswith(("tests/", "tools/", "benchmarks/"))]
+
+
+def test_readme_says_which_commands_need_a_clone():
+    """tools/ is not in a registry install."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tried = text.partition("## Try it")[2].partition("\n## ")[0]
+    before, clone, after = tried.partition("In a clone")
+    assert clone and "python tools/" not in before and "python tools/demo.py" in after
+    assert "python tools/" not in text.partition("## From a script")[2].partition("\n## ")[0]
+
+
+def test_project_file_has_no_placeholder():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert not re.findall(r'= ""|TODO|example\.(?:com|org)|<[a-z ]+>|your', text, re.IGNORECASE)
+    assert 'license = { file = "LICENSE" }' in text and "classifiers" in text
