@@ -8,11 +8,12 @@ export const COLOURS = {
   PASTICHE_FASTSAM: "#9acd5a",
 };
 
-/** The classic canvas; a colour palette empties what it does not know. */
-function paint() {
-  Object.assign(app.canvas.default_connection_color_byType, COLOURS);
-  Object.assign(app.canvas.constructor.link_type_colors, COLOURS);
-  app.canvas.setDirty(true, true);
+/** Gives `map` our colours for good: a palette empties what it does not know, and may name colours of its own. */
+function paint(map) {
+  for (const [type, colour] of Object.entries(COLOURS)) {
+    let named = "";
+    Object.defineProperty(map, type, { get: () => named || colour, set: (value) => (named = value), enumerable: true, configurable: true });
+  }
 }
 
 app.registerExtension({
@@ -21,7 +22,7 @@ app.registerExtension({
     const style = document.createElement("style"); // Nodes 2.0
     style.textContent = `:root { ${Object.entries(COLOURS).map(([type, colour]) => `--color-datatype-${type}: ${colour};`).join(" ")} }`;
     document.head.append(style);
-    paint();
-    app.ui.settings.addEventListener("Comfy.ColorPalette.change", () => setTimeout(paint, 100));
+    paint(app.canvas.default_connection_color_byType); // the classic canvas
+    paint(app.canvas.constructor.link_type_colors);
   },
 });

@@ -32,10 +32,10 @@ SHRINK = """(small, dials) => {
 
 
 @pytest.fixture(scope="module")
-def fresh(live_host, tmp_path_factory, page):
-    """A user's first look: a server with nothing in input/ and no model, and a page that shows it."""
-    with Server(live_host, make_base(tmp_path_factory.mktemp("fresh"))) as server:
-        frontend = Frontend(page, server)
+def fresh(live_host, tmp_path_factory, page):  # `page` skips where there is no browser
+    """A user's first look: a server with nothing in input/ and no model, in a browser of its own."""
+    with Server(live_host, make_base(tmp_path_factory.mktemp("fresh"))) as server, Browser((1920, 1080)) as own:
+        frontend = Frontend(own, server)
         frontend.open()
         yield frontend
 
