@@ -30,7 +30,7 @@ class Content:
         self.noise = random_latent(*size, batch=batch, seed=1)
         path = []
         self.result = sample(self.model, self.noise, self.sigmas, self.positive, callback=lambda i, x0, x, n: path.append(x.clone()))
-        levels = torch.stack([*path, self.model.model.process_latent_in(self.result)]).flip(0).float()
+        levels = torch.stack([*path, self.model.model.process_latent_in(self.result)]).flip(0).float().cpu()
         self.trajectory = Trajectory(self.sigmas.flip(0), levels, self.positive, "next", fingerprint(self.model))
         self.layers = LAYERS[family]
         self.bank = capture(self.model, self.trajectory, streams, self.layers, memory, "full")

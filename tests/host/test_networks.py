@@ -66,7 +66,7 @@ def path(model, positive, steps):
     """(noise, the path of a sampling of it): reconstructing it is exact on any model."""
     sigmas, noise, seen = schedule(model, steps), random_latent(8, 8, seed=1), []
     result = sample(model, noise, sigmas, positive, callback=lambda i, x0, x, n: seen.append(x.clone()))
-    levels = torch.stack([*seen, model.model.process_latent_in(result)]).flip(0).float()
+    levels = torch.stack([*seen, model.model.process_latent_in(result)]).flip(0).float().cpu()
     return noise, Trajectory(sigmas.flip(0), levels, positive, "next", fingerprint(model)), result
 
 
