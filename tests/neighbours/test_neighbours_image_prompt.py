@@ -35,7 +35,8 @@ def by_hand(model, depths, bank, latent, sigmas, positive):
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("order", ["ours first", "ours last", "between two"])
-def test_image_prompts_get_the_contents_queries_and_keys(family, order):
+def test_image_prompts_get_the_contents_queries_and_keys(pair, family, order):
+    pair("Feature Injection", "IPAdapter*")
     layers, depths = PLACES[family]
     model = tiny_unet(family)
     positive, sigmas = tiny_cond(model), schedule(model, STEPS)

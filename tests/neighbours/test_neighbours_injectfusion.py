@@ -91,7 +91,9 @@ def assert_close(ours, expected, without):
 
 
 @pytest.mark.parametrize("omega, name", [(0.0, "alone"), (0.3, "alone"), (0.0, "nag"), (0.3, "pag")])
-def test_every_style_of_the_guider_is_injected(model, bank, omega, name):
+def test_every_style_of_the_guider_is_injected(model, bank, pair, omega, name):
+    if name == "alone":
+        pair("InjectFusion Sampler", "Multi-Style Guider")
     neighbour = alone if name == "alone" else getattr(neighbours, name)
     latent, sigmas = random_latent(16, 8, batch=2), schedule(model, STEPS)[:3]
     prompts, negative = [tiny_cond(model, seed=seed) for seed in (1, 2, 3)], tiny_cond(model, seed=9)
@@ -110,7 +112,9 @@ def test_every_style_of_the_guider_is_injected(model, bank, omega, name):
 
 @pytest.mark.parametrize("name", ["nag", "pag", "perturbed_tokens"])
 @pytest.mark.parametrize("omega", [0.0, 0.3])
-def test_both_predictions_carry_the_neighbour(model, bank, name, omega):
+def test_both_predictions_carry_the_neighbour(model, bank, pair, name, omega):
+    names = {"nag": "NAGuidance", "pag": "PerturbedAttentionGuidance", "perturbed_tokens": "token perturbation guidance*"}
+    pair("InjectFusion Sampler", names[name])
     neighbour = getattr(neighbours, name)
     latent, sigmas = random_latent(16, 8), schedule(model, STEPS)[:3]
     positive, negative = tiny_cond(model), tiny_cond(model, seed=9)

@@ -47,21 +47,30 @@ def assert_close(ours, expected, without):
     assert (ours - expected).abs().max() < 1e-3 * effect
 
 
-@pytest.mark.parametrize("name", ["pag", "nag", "blurred_queries", "perturbed_tokens", "tiled"])
-def test_each_style_as_if_alone(name):
+NAMES = {
+    "pag": "PerturbedAttentionGuidance", "nag": "NAGuidance", "blurred_queries": "smoothed energy guidance*",
+    "perturbed_tokens": "token perturbation guidance*", "tiled": "tiled diffusion*",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_style_as_if_alone(pair, name):
+    pair("Multi-Style Guider", NAMES[name])
     scene, neighbour = Scene(), getattr(neighbours, name)
     assert_close(scene.ours(neighbour), scene.expected(neighbour), scene.expected(alone))
 
 
-def test_attention_couple():
+def test_attention_couple(pair):
+    pair("Multi-Style Guider", "attention couple*")
     scene = Scene()
     contexts = [tiny_cond(scene.model, seed=seed)[0][0] for seed in (20, 21)]
     neighbour = lambda model: neighbours.couple(model, contexts)
     assert_close(scene.ours(neighbour), scene.expected(neighbour), scene.expected(alone))
 
 
-def test_sliding_windows_of_another_sampling_function():
+def test_sliding_windows_of_another_sampling_function(pair):
     """Masks differ from frame to frame, windows overlap."""
+    pair("Multi-Style Guider", "AnimateDiff-Evolved*")
     scene = Scene(batch=4)
     without = sample(plain(scene.model, scene.prompts[2], scene.negative, CFG), 2, size=scene.size)
     with neighbours.sliding_windows([[0, 1, 2], [1, 2, 3]]):
@@ -78,8 +87,9 @@ def test_self_attention_guidance_of_one_style_everywhere():
     assert_close(ours, expected, sample(plain(merged(model, lora), positive, negative, CFG), 2, size=size))
 
 
-def test_self_attention_guidance_of_several_styles():
+def test_self_attention_guidance_of_several_styles(pair):
     """One step by hand: the blurred latent is evaluated with every style, its mask is the base's (the last part's)."""
+    pair("Multi-Style Guider", "SelfAttentionGuidance")
     from comfy_extras.nodes_sag import attention_basic_with_sim, create_blur_map
 
     scene, scale = Scene(grid=(16, 16)), 0.8

@@ -82,6 +82,36 @@ def compiled(model):
     return patched
 
 
+def freeu(model):
+    from comfy_extras.nodes_freelunch import FreeU_V2
+
+    return FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2).result[0]
+
+
+def rescale_cfg(model):
+    from comfy_extras.nodes_model_advanced import RescaleCFG
+
+    return RescaleCFG().patch(model, 0.7)[0]
+
+
+def cfg_zero(model):
+    from comfy_extras.nodes_cfg import CFGZeroStar
+
+    return CFGZeroStar.execute(model).result[0]
+
+
+def mahiro(model):
+    from comfy_extras.nodes_mahiro import Mahiro
+
+    return Mahiro.execute(model).result[0]
+
+
+def fresca(model):
+    from comfy_extras.nodes_fresca import FreSca
+
+    return FreSca.execute(model, 1.0, 1.5, 2).result[0]
+
+
 def blurred_queries(model, scale=20.0):
     """Smoothed energy guidance's shape: an extra pass whose middle attention has averaged queries, told by chunk."""
 
@@ -105,6 +135,8 @@ def perturbed_tokens(model, scale=2.0):
     """Token perturbation guidance's shape: both conditions again, tokens reversed before one block's attention."""
 
     def reverse(n, context, value, options):
+        if options["block"] != ("output", 4):
+            return n, context, value
         return n, context.flip(1)[:, : context.shape[1] // 2], value.flip(1)[:, : value.shape[1] // 2]
 
     def after(args):
