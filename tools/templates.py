@@ -224,6 +224,22 @@ TEMPLATES = [
          "DiffStyler on the object": (320, 360), "Compare StyleID": (320, 400), "Compare DiffStyler": (320, 400)},
         ("Content", "Style", "StyleID on the object"),
     ),
+    Template(
+        "09 Style Reference - one node, no inversion, any model", "style_reference_mini",
+        "## Style Reference\n\n"
+        "The style picture runs beside the sample, whose attention sees it. Nothing is inverted: the photo gets new noise "
+        "and is painted over. Works the same on Flux, SD3.5, Qwen-Image, Z-Image, Wan and U-Nets.\n\n"
+        "**Change first:** *denoise* of the schedule: how much is repainted; then *gamma*: how much of the photo's own attention stays.",
+        (
+            (("", ((NOTE,),)),
+             ("1 Pictures", (("My picture", "Style"), ("Mini model", "Picture size", "Style size"),
+                             ("Schedule from a noised start", "Encode picture", "Encode style")))),
+            (("2 Style", (("The style picture runs beside the sample",),)),),
+            (("3 Draw", (("Sampler", "Sample", "Decode", "Result"), ("Compare",))),),
+        ),
+        sizes={NOTE: (790, 190), "Result": (270, 340), "Compare": (470, 600)},
+        shown=("My picture", "Style", "Result"),
+    ),
 ]
 
 
