@@ -1,4 +1,4 @@
-"""Pictures of segmentations: tinted objects with contours and numbers, and flat label maps."""
+"""Pictures of segmentations: tinted objects with contours, and flat label maps."""
 
 from __future__ import annotations
 
@@ -10,20 +10,6 @@ import torch
 from torch import Tensor
 
 from .masks import boundary
-
-# 3 x 5 dots a digit, row by row
-_DIGITS = {
-    "0": "111101101101111",
-    "1": "010110010010111",
-    "2": "111001111100111",
-    "3": "111001011001111",
-    "4": "101101111001001",
-    "5": "111100111001111",
-    "6": "111100111101111",
-    "7": "111001010010010",
-    "8": "111101111101111",
-    "9": "111101111001111",
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +56,7 @@ def label_map(layers: Layers) -> Tensor:
 
 
 def draw_overlay(image: Tensor, layers: Layers, final: Tensor) -> Tensor:
-    """The image with every object outlined and numbered; the final mask is bright, tinted and outlined in white.
+    """The image with every object outlined; the final mask is bright, tinted and outlined in white.
 
     image (H, W, 3) and final (H, W), both in 0..1 -> (H, W, 3).
     """
@@ -81,9 +67,6 @@ def draw_overlay(image: Tensor, layers: Layers, final: Tensor) -> Tensor:
     picture = torch.where(tinted, 0.65 * picture + 0.35 * colours[layers.labels], picture)
     picture = torch.where((layers.contours > 0)[..., None], colours[layers.contours], picture)
     picture[_outline(final > 0.5, _line_width(height, width))] = 1.0
-    for number, anchor in enumerate(layers.anchors, start=1):
-        if anchor:
-            _write(picture, str(number), *anchor, scale=max(1, round(min(height, width) / 220)))
     return picture.clamp(0, 1)
 
 
@@ -120,15 +103,3 @@ def _anchor(mask: Tensor) -> tuple[int, int] | None:
     distance = (rows - rows.float().mean()) ** 2 + (columns - columns.float().mean()) ** 2
     nearest = distance.argmin()
     return int(columns[nearest]), int(rows[nearest])
-
-
-def _write(picture: Tensor, text: str, x: int, y: int, scale: int) -> None:
-    """White digits on a black plate, centred at x, y and kept inside; in place."""
-    height, width = picture.shape[:2]
-    dots = torch.zeros(7, 4 * len(text) + 1)
-    for place, digit in enumerate(text):
-        dots[1:6, 4 * place + 1 : 4 * place + 4] = torch.tensor([float(bit) for bit in _DIGITS[digit]]).view(5, 3)
-    plate = dots.repeat_interleave(scale, 0).repeat_interleave(scale, 1)[:height, :width]
-    top = min(max(0, y - plate.shape[0] // 2), height - plate.shape[0])
-    left = min(max(0, x - plate.shape[1] // 2), width - plate.shape[1])
-    picture[top : top + plate.shape[0], left : left + plate.shape[1]] = plate[..., None]

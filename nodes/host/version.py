@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
+
+from packaging.version import InvalidVersion, Version
 
 # Also stated as requires-comfyui in pyproject.toml, a test compares them.
 OLDEST_COMFYUI = "0.30.0"
-
-
-def parse_version(text: str) -> tuple[int, ...]:
-    """(0, 30, 0) from "v0.30.0-rc1"; missing parts are 0. Raises ValueError when there is no number."""
-    found = re.match(r"v?(\d+)(?:\.(\d+))?(?:\.(\d+))?", text.strip())
-    if not found:
-        raise ValueError(f"{text!r} is no version number such as {OLDEST_COMFYUI}")
-    return tuple(int(part or 0) for part in found.groups())
 
 
 def warn_if_too_old(running: str | None = None) -> bool:
@@ -25,8 +18,8 @@ def warn_if_too_old(running: str | None = None) -> bool:
         except ImportError:  # came with 0.3.x: anything without it is older
             running = "0"
     try:
-        old = parse_version(running) < parse_version(OLDEST_COMFYUI)
-    except ValueError:  # a fork with versions of its own
+        old = Version(Version(running).base_version) < Version(OLDEST_COMFYUI)  # its release candidates count as the version
+    except InvalidVersion:  # a fork with versions of its own
         return False
     if old:
         logging.warning(

@@ -9,8 +9,10 @@ import torch
 
 from pastiche.nodes.algorithms.prompts import parse_boxes, parse_points
 from pastiche.nodes.host.fastsam import model as fastsam
+from pastiche.nodes.host.fastsam import prompt as fastsam_prompt
 from pastiche.nodes.host.fastsam.model import FastSAM
 from pastiche.nodes.host.fastsam.checkpoint import SegmenterWeights
+from pastiche.nodes.host.fastsam.numbers import number_objects
 from pastiche.nodes.host.fastsam.network import OnnxNetwork, TorchNetwork
 from pastiche.nodes.host.fastsam.prompt import Finish, Prompt, prompt_masks
 from support import segmenters
@@ -298,6 +300,18 @@ def test_text_without_a_clip(drawn):
         run(drawn, Prompt(phrases=("a tree",)))
 
 
+def test_padding_of_the_network_input_is_no_part_of_the_image():
+    """96 x 60 becomes 64 x 40 in a 64 x 64 input: a box of the picture's lower part lands there, not above it."""
+    picture = Drawn((8, 24, 56, 40, 0.9))  # in the network's pixels, down to the picture's last row
+    wide = FastSAM("wide", picture)
+    segments = wide.segment(torch.rand(60, 96, 3, generator=torch.Generator().manual_seed(0)), resolution=64)
+    mask = fastsam_prompt.render_masks(segments, [0])[0].float()
+    assert mask.shape == (60, 96) and covers(mask, (12, 36, 84, 60)) > 0.9
+    tall = FastSAM("tall", Drawn((24, 8, 40, 56, 0.9)))
+    segments = tall.segment(torch.rand(96, 60, 3, generator=torch.Generator().manual_seed(0)), resolution=64)
+    assert covers(fastsam_prompt.render_masks(segments, [0])[0].float(), (36, 12, 60, 84)) > 0.9
+
+
 def test_nothing_found_is_an_empty_mask():
     result = run(FastSAM("drawn", Drawn()), count=2, finish=Finish(merge=False))
     assert result.masks.shape == (2, 64, 64) and result.masks.sum() == 0 and result.found == [0, 0]
@@ -312,6 +326,10 @@ def test_finish_grows_feathers_and_inverts_last(drawn):
     soft = run(drawn, prompt, Finish(feather=4)).masks[0]
     assert 0 < soft[20, 43] < 1
     assert torch.equal(run(drawn, prompt, Finish(feather=4, invert=True)).masks[0], 1 - soft)
+    # a small object first grows to a disc of about 8 pixels, whose middle a Gaussian of deviation 2 leaves as it is;
+    # softened first it would have been 0.47 in the middle, (2 * 0.84 - 1) ** 2, and stayed so
+    small = run(FastSAM("small", Drawn((32, 32, 36, 36, 0.9))), finish=Finish(grow=6, feather=4)).masks[0]
+    assert small[34, 34] > 0.95 and small[34, 60] == 0
 
 
 def test_confidence_hides_objects(drawn):
@@ -327,3 +345,27 @@ def test_large_image_takes_little_memory():
     many = FastSAM("drawn", Drawn(*[(4 * i, 4 * j, 4 * i + 4, 4 * j + 4, 0.9) for i in range(0, 15, 3) for j in range(0, 15, 3)]))
     result = prompt_masks(many, torch.rand(1, 1500, 1500, 3), Prompt(points=(parse_points("[[30, 30]]"),)), Finish())
     assert result.found == [25] and result.masks.shape == (1, 1500, 1500)
+
+
+# ---- numbers on the overlay ----
+
+
+def test_numbers_lie_on_their_objects_and_stay_inside():
+    picture = torch.full((90, 120, 3), 0.5)
+    anchors = [(60, 45), None, (0, 0), (119, 89)]
+    written = number_objects(picture, anchors)
+    assert written.shape == picture.shape and torch.equal(picture, torch.full((90, 120, 3), 0.5))
+    changed = (written != 0.5).any(-1)
+    for x, y in ((60, 45), (0, 0), (119, 89)):
+        assert changed[y, x]
+    # as many plates as objects that are there, each with some white on black
+    assert (written[changed] == 0).any() and written[changed].max() > 0.8
+    rows, columns = changed[30:60, 40:80].nonzero().unbind(1)
+    assert abs(rows.float().mean() + 30 - 45) < 1 and abs(columns.float().mean() + 40 - 60) < 1
+    assert not changed[:, 20:40].any() and torch.equal(number_objects(picture, []), picture)
+    assert number_objects(torch.zeros(4, 4, 3), [(2, 2)]).shape == (4, 4, 3)
+
+
+def test_a_later_number_covers_an_earlier_one():
+    picture = torch.full((60, 60, 3), 0.5)
+    assert torch.equal(number_objects(picture, [(30, 30), (30, 30)]), number_objects(picture, [None, (30, 30)]))

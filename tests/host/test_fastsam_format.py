@@ -208,15 +208,16 @@ import sys; sys.argv = ["x"]; sys.path.insert(0, "tests"); import conftest
 import io, contextlib, os, torch, numpy, cv2
 from pastiche.nodes.host.fastsam import network as fastsam_network
 seen = lambda: (torch.save, str(vars(torch._tensor_str.PRINT_OPTS)), str(numpy.get_printoptions()), cv2.getNumThreads(),
-                {k: v for k, v in os.environ.items() if not k.startswith("YOLO_")})
+                dict(os.environ))
 before = seen()
 text = io.StringIO()
 with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
     fastsam_network._segmentation_model()
 assert seen() == before, (before, seen())
 assert text.getvalue() == "", text.getvalue()
-folder, user = os.environ["YOLO_CONFIG_DIR"], __import__("folder_paths").get_user_directory()
-assert folder.startswith(user), (folder, user)
+import ultralytics.utils as settings
+folder, user = str(settings.USER_CONFIG_DIR), __import__("folder_paths").get_user_directory()
+assert folder.startswith(user) and not settings.AUTOINSTALL and not settings.ONLINE, (folder, user)
 print("unchanged")
 """
     variables = {key: value for key, value in os.environ.items() if not key.startswith("YOLO_")}

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from pastiche.nodes.host.version import OLDEST_COMFYUI, parse_version, warn_if_too_old
+from pastiche.nodes.host.version import OLDEST_COMFYUI, warn_if_too_old
 
 
-@pytest.mark.parametrize("running, old", [("0.29.9", True), ("0.3.75", True), ("0.30.0", False), ("v0.31.0-rc1", False), ("1.0", False)])
+@pytest.mark.parametrize("running, old", [("0.29.9", True), ("0.3.75", True), ("0.30.0", False), ("0.30", False), ("0.30.0rc2", False), ("v0.31.0-rc1", False), ("1.0", False)])
 def test_older_hosts_are_told(caplog, running, old):
     with caplog.at_level(logging.WARNING):
         assert warn_if_too_old(running) is old
@@ -20,8 +20,6 @@ def test_the_host_under_test_is_new_enough():
 
 
 def test_versions_that_are_none(caplog):
-    with pytest.raises(ValueError, match="nightly"):
-        parse_version("nightly")
     assert not warn_if_too_old("nightly") and not caplog.text
 
 

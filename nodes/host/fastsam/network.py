@@ -122,12 +122,6 @@ def _build(weights: SegmenterWeights, name: str) -> torch.nn.Module:
 
 def _segmentation_model() -> type[torch.nn.Module]:
     """ultralytics' SegmentationModel, imported quietly, offline, and without its process-wide settings staying."""
-    os.environ.setdefault("YOLO_CONFIG_DIR", os.path.join(folder_paths.get_user_directory(), "pastiche", "ultralytics"))
-    os.environ.setdefault("YOLO_OFFLINE", "True")
-    os.environ.setdefault("YOLO_VERBOSE", "False")
-    os.environ.setdefault("YOLO_AUTOINSTALL", "False")
-    if "ultralytics" not in sys.modules:
-        os.makedirs(os.environ["YOLO_CONFIG_DIR"], exist_ok=True)
     try:
         with _settings_kept(), contextlib.redirect_stdout(io.StringIO()):
             from ultralytics.nn.tasks import SegmentationModel
@@ -149,6 +143,10 @@ def _settings_kept():
     import numpy
 
     save, printing, variables = torch.save, numpy.get_printoptions(), dict(os.environ)
+    settings = {"YOLO_OFFLINE": "True", "YOLO_VERBOSE": "False", "YOLO_AUTOINSTALL": "False",
+                "YOLO_CONFIG_DIR": os.path.join(folder_paths.get_user_directory(), "pastiche", "ultralytics")}
+    os.environ.update({key: value for key, value in settings.items() if key not in variables})  # read while it is imported
+    os.makedirs(os.environ["YOLO_CONFIG_DIR"], exist_ok=True)
     shown = vars(torch._tensor_str.PRINT_OPTS).copy() if hasattr(torch, "_tensor_str") else {}
     try:
         yield

@@ -24,6 +24,7 @@ from ...algorithms.segments import (
     select_points,
 )
 from .model import FastSAM
+from .numbers import number_objects
 from .text import PairEncoder, choose_by_text
 
 AUTO, EVERYTHING, POINTS, BOXES, TEXT = "auto", "everything", "points", "boxes", "text"
@@ -98,7 +99,7 @@ def prompt_masks(
         layers = paint_layers(_watched(segments, under), segments.height, segments.width)
         if number == 0:
             taken, missed = under.objects, points_without_object(segments, _positive(prompt, segments))
-        overlays.append(draw_overlay(image, layers, parts.amax(0)))
+        overlays.append(number_objects(draw_overlay(image, layers, parts.amax(0)), layers.anchors))
         labels.append(label_map(layers))
         boxes.append([_box(segments, i) for i in chosen])
         found.append(len(segments))

@@ -1,0 +1,125 @@
+"""The pack's methods give the same in every way in which ComfyUI shares a device's memory.
+
+The truth is the same computation with all models whole on the device. Weights are the same bytes wherever they lie, so
+only the order of sums may differ between kernels of a real GPU; the simulated device has one kernel for each operator.
+"""
+
+import pytest
+import torch
+from pastiche.nodes.host.features.capture import capture
+from pastiche.nodes.host.injections.style import inject_style
+from pastiche.nodes.host.multistyle.guider import multi_style_guider
+from pastiche.nodes.host.networks.mini import load_mini
+from pastiche.nodes.host.trajectories.inversion import invert
+from pastiche.nodes.sockets import StyleEntry
+from support.devices import ON_CPU, SIMULATED, memory_mode
+from support.models import tiny_cond, tiny_unet
+from support.sampling import random_latent, sample, schedule
+from support.styles import masks, random_lora
+from support.styles import sample as sample_guider
+
+pytestmark = pytest.mark.skipif(ON_CPU, reason="compares ways to share a device's memory: PASTICHE_TEST_DEVICE=simulated or cuda")
+TYPES = {torch.float16: 1e-2, torch.bfloat16: 1e-1}  # a few units of their last place after some hundred layers
+
+
+def assert_same(found, expected):
+    found, expected = found.cpu(), expected.cpu()
+    if SIMULATED:
+        assert torch.equal(found, expected)
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def whole():
+    """The mode in which the expected values are made; the models of the test's own mode are gone by then."""
+    return memory_mode("default")
+
+
+def styled(memory, streams="self_attention", dtype=torch.float32):
+    """A StyleID run on a small U-Net: inversion, capture into `memory`, injection, sampling."""
+    model = tiny_unet(dtype=dtype, cast=dtype)
+    sigmas, positive = schedule(model, 3), tiny_cond(model)
+    runs = [invert(model, {"samples": random_latent(8, 8, seed=seed)}, sigmas, positive, "next") for seed in (1, 2)]
+    content, style = (capture(model, run[1], streams, "6-11", memory, "full") for run in runs)
+    patched = inject_style(model, style=style, content=content, gamma=0.75, temperature=1.5, strength=1.0, layers="6-11",
+                           start_percent=0.0, end_percent=1.0, mask=None)
+    return sample(patched, runs[0][0]["samples"], sigmas, positive)
+
+
+@pytest.mark.device("default", "partial", "novram", "dynamic-small")
+@pytest.mark.parametrize("features", ["vram", "recompute"])
+def test_style_injection(memory, features):
+    found = styled(features)
+    with whole():
+        assert_same(found, styled("ram"))
+
+
+@pytest.mark.device("default", "partial", "dynamic-small")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_style_injection_in_half_precision(memory, dtype):
+    found = styled("recompute", dtype=dtype)
+    with whole():
+        assert_same(found, styled("ram", dtype=dtype))
+        single = styled("ram")
+    assert (found.cpu() - single.cpu()).abs().max() < TYPES[dtype] * single.abs().max()
+
+
+@pytest.mark.device("partial", "novram", "dynamic", "dynamic-small")
+def test_several_styles_in_one_forward(memory):
+    def run():
+        model = tiny_unet()
+        entries = [StyleEntry(lora=random_lora(model, i), conditioning=tiny_cond(model, seed=i), mask=mask)
+                   for i, mask in enumerate(masks(2), 1)]
+        return sample_guider(multi_style_guider(model, tiny_cond(model), tiny_cond(model, seed=9), 3.0, entries))
+
+    found = run()
+    with whole():
+        assert_same(found, run())
+
+
+@pytest.mark.device("partial", "novram", "dynamic", "dynamic-small")
+def test_mini_model_and_its_vae(memory):
+    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+
+    def run():
+        model, vae, conds = load_mini()
+        latent = vae.encode(image)
+        positive = next(iter(conds.values()))
+        return latent, vae.decode(sample(model, latent, schedule(model, 2), positive))
+
+    found = run()
+    with whole():
+        for ours, expected in zip(found, run()):
+            assert_same(ours, expected)
+
+
+@pytest.mark.device("partial", "novram", "dynamic-small")
+def test_fastsam(memory):
+    pytest.importorskip("ultralytics")
+    from pastiche.nodes.host.fastsam.checkpoint import SegmenterWeights
+    from pastiche.nodes.host.fastsam.network import TorchNetwork
+    from support import segmenters
+
+    network = TorchNetwork(SegmenterWeights(0.33, 0.0625, 1024, 64, segmenters.random_network().state_dict()), "tiny")
+    picture = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    found = network(picture)
+    with whole():
+        for ours, expected in zip(found, network(picture)):
+            assert_same(ours, expected)
+
+
+@pytest.mark.device("partial", "novram", "dynamic-small")
+def test_clip_folder(memory, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    from pastiche.nodes.host.fastsam.text import FolderEncoder
+
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "hidden_size": 16}
+    config = transformers.CLIPConfig(
+        text_config={"vocab_size": 40, **layers}, vision_config={"image_size": 32, "patch_size": 8, **layers}, projection_dim=24
+    )
+    transformers.CLIPModel(config).eval().save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    image = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    found = FolderEncoder(str(tmp_path)).embed_images(image)
+    with whole():
+        assert_same(found, FolderEncoder(str(tmp_path)).embed_images(image))
