@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs every test in a real ComfyUI: makes the environment on first use, then hands over to pytest.
 
-    python tools/test.py                     everything, then tests/host and tests/nodes on the simulated CUDA device
+    python tools/test.py                     everything, then the files of ON_DEVICE on the simulated CUDA device
     python tools/test.py tests/algorithms    some of it; all arguments go to pytest, which runs once
     python tools/test.py -m "not slow" -x
 
@@ -17,7 +17,11 @@ from pathlib import Path
 from host import environment
 
 TESTS = environment.ROOT / "tests"
-ON_DEVICE = (TESTS / "host", TESTS / "nodes")
+# the tests of what a device changes; others join once they have passed there
+ON_DEVICE = [
+    TESTS / "host" / f"test_{name}.py"
+    for name in ("simulated_cuda", "device_modes", "stores", "capture", "feature_library", "training_weights", "support_models")
+]
 
 
 def main(arguments: list[str]) -> int:

@@ -34,8 +34,9 @@ def runner(monkeypatch):
 def test_without_arguments_both_devices_run_and_either_failure_counts(runner, codes, expected):
     runner.codes[:] = codes
     assert runner.main([]) == expected
-    tests = str(ROOT / "tests")
-    assert runner.runs == [([tests], {}), ([f"{tests}/host", f"{tests}/nodes"], {"PASTICHE_TEST_DEVICE": "simulated"})]
+    chosen = [str(path) for path in runner.ON_DEVICE]
+    assert runner.runs == [([str(ROOT / "tests")], {}), (chosen, {"PASTICHE_TEST_DEVICE": "simulated"})]
+    assert chosen and all(Path(path).is_file() for path in chosen)
 
 
 @pytest.mark.parametrize("arguments, expected", [(["-x"], [str(ROOT / "tests"), "-x"]), ([__file__, "-x"], [__file__, "-x"])])
