@@ -24,8 +24,10 @@ def ancestral(prompt):
 
 def encoded_picture(prompt):
     """VAE Encode's latent straight into the sampler."""
-    inversion = next(key for key in graph.find(prompt, "PasticheDDIMInversion") if _feeds(prompt, key, "content"))
-    node(prompt, "SamplerCustom")["latent_image"] = prompt[inversion]["inputs"]["latent"]
+    source = node(prompt, "PasticheStyleInjection")["content"][0]
+    while prompt[source]["class_type"] != "PasticheDDIMInversion":  # a Capture Features may lie between
+        source = prompt[source]["inputs"]["trajectory"][0]
+    node(prompt, "SamplerCustom")["latent_image"] = prompt[source]["inputs"]["latent"]
 
 
 def swapped(prompt):
@@ -37,12 +39,6 @@ def plain_euler(prompt):
     key = max(map(int, prompt)) + 1
     prompt[str(key)] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}}
     node(prompt, "SamplerCustom")["sampler"] = [str(key), 0]
-
-
-def _feeds(prompt, inversion, name):
-    """Whether this inversion's trajectory ends in the injection's input `name`."""
-    capture = prompt[node(prompt, "PasticheStyleInjection")[name][0]]["inputs"]
-    return capture["trajectory"][0] == inversion
 
 
 MISTAKES = [
