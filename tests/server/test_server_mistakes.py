@@ -2,6 +2,7 @@
 
 import pytest
 from host import graph
+from host.comfy import ServerError
 from support.live import small_prompt, workflow_by_name
 
 
@@ -46,7 +47,6 @@ MISTAKES = [
     ("styleid_mini", guidance, "Set cfg to 1"),
     ("styleid_mini", ancestral, "Choose euler"),
     ("styleid_mini", encoded_picture, "encoded picture, not from its inverted noise"),
-    ("styleid_mini", swapped, "Content and style look swapped"),
     ("injectfusion_mini", plain_euler, "Connect InjectFusion Sampler"),
 ]
 
@@ -62,6 +62,22 @@ def test_a_mistake_is_told(server, name, mistake, advice):
     prompt = small_prompt(workflow_by_name(name))
     mistake(prompt)
     assert [line for line in said(server, prompt) if advice in line]
+
+
+def test_swapped_pictures_of_unlike_size_are_refused(server):
+    prompt = small_prompt(workflow_by_name("styleid_mini"))
+    swapped(prompt)
+    with pytest.raises(ServerError, match="content: its latent is .* not swapped"):
+        server.run(prompt)
+
+
+def test_swapped_pictures_of_one_size_are_told(server):
+    prompt = small_prompt(workflow_by_name("styleid_mini"))
+    swapped(prompt)
+    for key in graph.find(prompt, "ImageScaleToMaxDimension"):
+        prompt[key] = {"class_type": "ImageScale", "inputs": {
+            "image": prompt[key]["inputs"]["image"], "upscale_method": "bilinear", "width": 128, "height": 96, "crop": "center"}}
+    assert [line for line in said(server, prompt) if "Content and style look swapped" in line]
 
 
 @pytest.mark.parametrize("name", ["styleid_mini", "injectfusion_mini"])

@@ -20,7 +20,7 @@ from .schedule import SigmaRange, current_sigma, sigma_range
 
 HIDDEN = ("self_attention",)
 PROJECTED = ("self_attention_q", "self_attention_k", "self_attention_v")
-SAME_SIZE = "Invert and sample the content at one size (the style may differ)."
+SAME_SIZE = "Invert and sample the content at one size (the style may differ), and see that the two are not swapped."
 STYLED = "pastiche_styled"  # in options: the attention of another Style Injection's own queries and keys is being computed
 
 
