@@ -250,7 +250,11 @@ def test_blend_mode_mixes_queries_and_keys_in_float64(mode, share, kind):
         class model_sampling:
             timestep = staticmethod(lambda sigma: torch.tensor([300.0]))
 
-    entered = Patches().replacement(kind, ("output", 5, 0), lambda *inputs: inputs[:3])(q, k, v, {RUN: Run(), "sigmas": torch.ones(1)})
+    patches, slot, options = Patches(), ("output", 5, 0), {RUN: Run(), "sigmas": torch.ones(1)}
+    if kind == "attn1":
+        entered = patches.replacement(slot, lambda *inputs: inputs[:3])(q, k, v, options)
+    else:
+        entered = (*(patches.cross_projection(slot, name, own, options) for name, own in (("q", q), ("k", k))), v)
     for found, expected in zip(entered, (share * q_content + (1 - share) * q, share * k_content + (1 - share) * k, v)):
         assert (found - expected).abs().max() < 1e-15
 
