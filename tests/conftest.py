@@ -102,11 +102,10 @@ def pytest_generate_tests(metafunc):
     unknown = set(marker.args) - set(MODES)
     if unknown:
         raise pytest.UsageError(f"{metafunc.definition.nodeid}: memory modes {sorted(unknown)} are none of {', '.join(MODES)}")
-    metafunc.fixturenames.insert(0, "memory")
     metafunc.parametrize("memory", [mode for mode in available_modes() if mode in (marker.args or MODES)], indirect=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=not ON_CPU)  # a name only added to a test's fixtures while they are generated is dropped again
 def memory(request):
     """The memory mode a test marked `device` runs in; its name."""
     name = getattr(request, "param", "default")
