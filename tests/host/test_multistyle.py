@@ -322,3 +322,35 @@ def test_each_sample_takes_the_features_of_its_own_image():
         assert (ours - alone).abs().max() < 1e-5 * alone.abs().max()
     single = sample(plain(inject_style(model, featured(model), None, 0.0, 1.5, 1.0, "6-11", 0.0, 1.0, None), positive, negative, 3.0))
     assert (single[1] - alone[1]).abs().max() > 1e-2 * alone.abs().max()  # image 0 would give another second sample
+
+
+def test_content_features_and_thresholds_of_each_style():
+    """DiffStyler's code: each style's features from its own LoRA'd pass, styles and base for other shares of the steps."""
+    from pastiche.nodes.host.features.capture import capture
+    from pastiche.nodes.host.injections.content import inject_features
+    from pastiche.nodes.host.trajectories.inversion import invert
+
+    model, steps = tiny_unet(), 4
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    latent = torch.randn(1, 4, *SIZE[2:], generator=torch.Generator().manual_seed(11))
+    _, trajectory = invert(model, {"samples": latent}, sigmas, tiny_cond(model), "next")
+    own, positive, negative = masks(2), tiny_cond(model, seed=3), tiny_cond(model, seed=9)
+    own = [torch.nn.functional.interpolate(mask[None] / 2, SIZE[2:])[0] for mask in own]  # on the latent's grid, with a rest
+
+    def injected(model, feature_steps, attention_steps):
+        bank = capture(model, trajectory, "residual, self_attention_qk, cross_attention", "6, 8", "ram", "full")
+        return inject_features(model, bank, feature_steps, attention_steps, "6", "6, 8", "8", "blend")
+
+    lorad = [merged(model, random_lora(model, seed)) for seed in (1, 2)]
+    styles, base = [injected(lorad[0], 0.25, 0.5), lorad[1]], injected(model, 0.75, 1.0)  # the second has the base's features
+    entries = [StyleEntry(model=styled, mask=mask) for styled, mask in zip(styles, own)]
+    ours = sample(multi_style_guider(base, positive, negative, 3.0, entries), steps)
+    bank = capture(model, trajectory, "residual, self_attention_qk, cross_attention", "6, 8", "ram", "full")
+    second = inject_features(lorad[1], bank, 0.75, 1.0, "6", "6, 8", "8", "blend")
+    weights = [*(mask.unsqueeze(0) for mask in own), 1 - sum(own).unsqueeze(0)]
+    parts = [(m, positive, negative, 3.0, weight) for m, weight in zip((styles[0], second, base), weights)]
+    expected = sample(Loop(model, parts), steps)
+    assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
+    shared = [StyleEntry(model=styled, mask=mask) for styled, mask in zip(lorad, own)]
+    for other in (shared, [StyleEntry(model=injected(lorad[0], 0.75, 1.0), mask=own[0]), shared[1]]):  # neither bank nor shares are lost
+        assert (sample(multi_style_guider(base, positive, negative, 3.0, other), steps) - expected).abs().max() > 2e-3 * expected.abs().max()

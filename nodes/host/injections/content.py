@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import copy
 from typing import Any, Callable
 
 from comfy.model_patcher import ModelPatcher
@@ -24,12 +25,14 @@ CROSS = ("cross_attention_q", "cross_attention_k")
 FIRST_FEATURE_LAYER = 4  # the paper's residual features are those of decoder layers 4-11
 STREAMS = "residual, self_attention_qk, cross_attention"
 SAME_SIZE = "Invert and sample the content at one size."
+CONTENT_OF = "pastiche_content_of"  # in transformer_options: the number of the style, with content features of its own, that runs
 
 
 class ContentPatches(Injection):
     """The content's residuals in the first steps, and its queries and keys in the attention."""
 
     name = "Feature Injection"
+    style: int | None = None  # the Multi-Style Guider's style that this belongs to; None: all that have none of their own
 
     def __init__(
         self,
@@ -59,6 +62,13 @@ class ContentPatches(Injection):
     @property
     def expected(self) -> Expected:
         return Expected(("content", self.content.trajectory))
+
+    def for_style(self, number: int) -> ContentPatches:
+        """The same for the forwards of one style of the Multi-Style Guider."""
+        own = copy(self)
+        own.style = number
+        own._crossed = CrossProjections(own.attention["attn2"], own.cross_projection)
+        return own
 
     def _keys(self) -> tuple[FeatureKey, ...]:
         keys = [FeatureKey("residual", *place) for place in self.residual]
@@ -94,9 +104,9 @@ class ContentPatches(Injection):
     def _due(self, options: dict, share: float) -> bool:
         """Whether a forward belongs to the first `share` of the steps that the content was inverted with.
 
-        Not of the sampler's own: those may be a part of the schedule.
+        Not of the sampler's own: those may be a part of the schedule. Nor to a style with content features of its own.
         """
-        return self.schedule.within(current_sigma(options), share)
+        return options.get(CONTENT_OF) == self.style and self.schedule.within(current_sigma(options), share)
 
     def _feature(self, stream: str, place: tuple, options: dict, like: Tensor) -> Tensor:
         feature = current_run(options).feature(self.content, FeatureKey(stream, *place), current_sigma(options), like)

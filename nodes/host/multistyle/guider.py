@@ -18,7 +18,7 @@ from ..injections.style_rows import RowPatches
 from ..references.install import reference_rows
 from .lora_batch import BatchedStyles
 from .mixture import StyleMixture, cond_name
-from .sources import lora_patches, style_patches
+from .sources import content_of, lora_patches, style_patches
 
 
 class MultiStyleGuider(comfy.samplers.CFGGuider):
@@ -37,6 +37,11 @@ class MultiStyleGuider(comfy.samplers.CFGGuider):
         for number, style in enumerate(styles):
             if style.picture is not None:
                 model = reference_rows(model, number, style.picture, style.share, style.temperature, style.layers)
+        self._own_content = set()
+        for number, (style, name) in enumerate(zip(styles, self.names)):
+            for injection in content_of(model, style.model, name) if style.model is not None else ():
+                model = injection.for_style(number).install(model)
+                self._own_content.add(number)
         super().__init__(model)
         self._patches = [self._patches_of(style, name) for style, name in zip(styles, self.names)]
 
@@ -76,7 +81,7 @@ class MultiStyleGuider(comfy.samplers.CFGGuider):
         )
         if self.styles:
             run_uncompiled(self.model_patcher, self.model_options)
-            StyleMixture(self, batch, masks, ranges, self.overlap).install(self.model_options)  # the run's own copy
+            StyleMixture(self, batch, masks, ranges, self.overlap, frozenset(self._own_content)).install(self.model_options)  # the run's own copy
         with batch.attached():
             return super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...algorithms.diffstyler import mix_predictions, normalise_masks
 from ...algorithms.masks import resize_mask
+from ..injections.content import CONTENT_OF
 from ..injections.run import current_run
 from ..injections.style_rows import STYLE_PLAN, STYLE_ROWS
 from ..networks.neighbours import reads_whole_batch
@@ -28,9 +29,12 @@ class StyleMixture:
     each evaluation is then what that node would see with the style's LoRA merged.
     """
 
-    def __init__(self, guider: Any, batch: BatchedStyles, masks: list[Tensor], ranges: list[tuple[float, float]], overlap: str):
-        """masks: (B, H, W) each, on the latent grid; ranges: the lowest and highest sigma of each style."""
+    def __init__(self, guider: Any, batch: BatchedStyles, masks: list[Tensor], ranges: list[tuple[float, float]], overlap: str,
+                 own_content: frozenset[int] = frozenset()):
+        """masks: (B, H, W) each, on the latent grid; ranges: the lowest and highest sigma of each style; own_content: the
+        styles that have content features of their own, which need forwards of their own."""
         self._guider, self._batch, self._masks, self._ranges, self._overlap = guider, batch, masks, ranges, overlap
+        self._own_content = own_content
         self._used = [bool(mask.any()) for mask in masks]
         self._uuids: dict[tuple, uuid.UUID] = {}
         self._parts_of: dict[tuple, list[tuple[int, Tensor]]] = {}
@@ -47,7 +51,7 @@ class StyleMixture:
             return executor(model, conds, x, timestep, model_options)
         window = self._window(x, model_options)
         parts = self._parts(active, window, x)
-        if reads_whole_batch(model_options):
+        if self._own_content.intersection(active) or reads_whole_batch(model_options):
             predictions = {}
             for style, _ in parts:
                 own = [self._condition(style, cond, window, model_options) for cond in conds]
@@ -126,7 +130,9 @@ class StyleMixture:
 
         def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
             if isinstance(plan, int):
-                rows, seen = (plan,) * x.shape[0], transformer_options
+                rows, seen = (plan,) * x.shape[0], dict(transformer_options)
+                if plan in self._own_content:
+                    seen[CONTENT_OF] = plan
             else:
                 chunks = transformer_options["cond_or_uncond"]
                 size = x.shape[0] // len(chunks)

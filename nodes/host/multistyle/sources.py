@@ -7,8 +7,11 @@ from typing import Any, Iterator
 
 import comfy.lora
 import comfy.lora_convert
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ..injections.base import Injection
+from ..injections.content import ContentPatches
 from ..networks.marks import MARK, injected_by
 from ..networks.neighbours import is_ours, owner_of
 
@@ -19,17 +22,17 @@ TEXT_ENCODERS = ("lora_te", "text_encoder", "lora_prior_te", "te1_", "te2_", "te
 
 
 def style_patches(model: Any, styled: Any, name: str) -> Patches:
-    """What `styled`, a MODEL with LoRAs, adds to `model`. Raises ValueError when it is not `model` with LoRAs on top."""
-    if not styled.is_clone(model):
-        raise ValueError(
-            f"{name}: its model comes from another checkpoint than the guider's. One forward cannot run both: "
-            "load the LoRA on the guider's own model."
-        )
+    """What `styled`, a MODEL with LoRAs, adds to `model`'s weights.
+
+    Raises ValueError when it is not `model` with LoRAs, and at most a Feature Injection (see `content_of`), on top.
+    """
+    _require_clone(model, styled, name)
     extras = list(dict.fromkeys(_extras(model, styled)))
     if extras:
         raise ValueError(
             f"{name}: its model carries more than LoRAs: {', '.join(extras)}. All styles run in one model, which would leave that "
-            "out: connect such nodes to the guider's model, where they act on every style, and give the Style Entry LoRAs only."
+            "out: connect such nodes to the guider's model, where they act on every style, and give the Style Entry LoRAs only (and Feature "
+            "Injection, where its content features are this style's own)."
         )
     added: Patches = {}
     for key in {**model.patches, **styled.patches}:
@@ -42,6 +45,31 @@ def style_patches(model: Any, styled: Any, name: str) -> Patches:
         if len(patches) > len(shared):
             added[key] = patches[len(shared) :]
     return added
+
+
+def content_of(model: Any, styled: Any, name: str) -> list[ContentPatches]:
+    """The Feature Injections that `styled` has and `model` has not: content features of this style alone.
+
+    Raises ValueError for another checkpoint.
+    """
+    _require_clone(model, styled, name)
+    shared = _injections(model)
+    return [injection for injection in _injections(styled) if isinstance(injection, ContentPatches) and injection not in shared]
+
+
+def _injections(model: Any) -> list[Injection]:
+    """Our injections on a MODEL, in the order they were installed."""
+    wrappers = [wrapper for group in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).values() for wrapper in group]
+    owners = [getattr(wrapper, "__self__", None) for wrapper in wrappers]
+    return [owner for owner in owners if isinstance(owner, Injection)]
+
+
+def _require_clone(model: Any, styled: Any, name: str) -> None:
+    if not styled.is_clone(model):
+        raise ValueError(
+            f"{name}: its model comes from another checkpoint than the guider's. One forward cannot run both: "
+            "load the LoRA on the guider's own model."
+        )
 
 
 def lora_patches(model: Any, lora: dict[str, Tensor], name: str) -> Patches:
@@ -94,7 +122,10 @@ def _identity(patch: tuple) -> tuple:
 
 def _extras(model: Any, styled: Any) -> Iterator[str]:
     """What `styled` has beside weight patches and `model` has not, in words; our own nodes by their names."""
-    yield from (node for node in injected_by(styled) if node not in injected_by(model))
+    known = {ContentPatches.name, *injected_by(model)}
+    yield from (node for node in injected_by(styled) if node not in known)
+    shared = _injections(model)
+    yield from (own.name for own in _injections(styled) if own not in shared and not isinstance(own, ContentPatches))
     yield from _options(model.model_options, styled.model_options)
     for kind in ("wrappers", "callbacks"):
         for hook, groups in getattr(styled, kind).items():

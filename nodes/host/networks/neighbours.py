@@ -20,7 +20,9 @@ GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cf
 
 
 def is_ours(patch: Any) -> bool:
-    """Whether a patch, wrapper or function belongs to this pack."""
+    """Whether a patch, wrapper, function or (class, function) belongs to this pack."""
+    if isinstance(patch, tuple) and patch:
+        patch = patch[-1]
     module = getattr(patch, "__module__", None) or type(patch).__module__
     return module == OURS or module.startswith(OURS + ".")
 
