@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack, contextmanager
 from typing import Iterator
 
@@ -45,6 +46,13 @@ class Adapters:
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for name in self._modules for parameter in (self.down[name], self.up[name])]
+
+    def report_idle(self) -> None:
+        """After a backward pass: logs the layers that take no part in the prediction, whose LoRAs stay at nothing."""
+        idle = [name for name in self._modules if self.up[name].grad is None]
+        if idle:
+            few = ", ".join(idle[:3]) + (", ..." if len(idle) > 3 else "")
+            logging.info("Pastiche: %d of %d layers take no part and learn nothing: %s.", len(idle), len(self._modules), few)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Standard LoRA keys: <layer>.lora_down.weight, <layer>.lora_up.weight, <layer>.alpha; float32 on the CPU."""

@@ -197,6 +197,7 @@ class _TrainingLoop(comfy.samplers.Sampler):
     def _train(self, parameters: list, optimizer: Any, scaler: Any) -> str:
         """Steps until all are done; why they ended early, or "". Where one ruins the LoRA, the last good one is kept."""
         settings, state = self._settings, self._state
+        first = state.step
         good = [parameter.detach().clone() for parameter in parameters]
         while state.step < settings.steps:
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -204,6 +205,8 @@ class _TrainingLoop(comfy.samplers.Sampler):
             if not math.isfinite(loss):
                 return self._ruined(parameters, good, f"The loss became {loss}", state.step)
             torch._foreach_copy_(good, [parameter.data for parameter in parameters])
+            if state.step == first:
+                self._adapters.report_idle()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
