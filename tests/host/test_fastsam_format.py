@@ -225,3 +225,91 @@ print("unchanged")
     command = [sys.executable, "-c", script]
     answer = subprocess.run(command, cwd=repository, env=variables, capture_output=True, text=True)
     assert answer.stdout.strip().endswith("unchanged"), answer.stdout + answer.stderr
+
+
+# ---- files that ask for more than they hold ----
+
+
+def save_modules(path, model):
+    torch.save({"model": model, "train_args": {"imgsz": 64}}, path)
+
+
+def test_shared_and_self_referring_modules_are_visited_once(tmp_path):
+    """34 levels that each name the level below twice would be 2 ** 34 visits."""
+    from ultralytics.nn.tasks import SegmentationModel
+
+    level = torch.nn.Sequential(torch.nn.Identity())
+    for _ in range(34):
+        above = torch.nn.Sequential()
+        above._modules.update(a=level, b=level)
+        level = above
+    model = torch.nn.Module.__new__(SegmentationModel)
+    torch.nn.Module.__init__(model)
+    model._modules.update(model=level)
+    level._modules["again"] = level
+    save_modules(tmp_path / "shared.pt", model)
+    with pytest.raises(ValueError, match="shared.pt does not describe a YOLOv8-seg network"):
+        read_checkpoint(str(tmp_path / "shared.pt"))
+
+
+def test_a_file_that_claims_billions_of_weights_takes_no_memory(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    names = {"model.22.cv3.0.2.weight": 1, "model.22.cv4.0.2.weight": 32, "model.22.proto.cv3.conv.weight": 32}
+    path = tmp_path / "claims.safetensors"
+    metadata = {"format": "yolov8-seg", "depth": "4", "width": "4", "max_channels": "65536", "size": "640"}
+    safetensors.torch.save_file({name: torch.zeros(count, 1, 1, 1) for name, count in names.items()}, str(path), metadata)
+    weights = read_checkpoint(str(path))
+
+    class Never:
+        def __init__(self, *_, **__):
+            raise AssertionError("a network was built")
+
+    from pastiche.nodes.host.fastsam import network as fastsam_network
+
+    monkeypatch.setattr(fastsam_network, "_segmentation_model", lambda: Never)
+    with pytest.raises(ValueError, match="claims.safetensors does not fit YOLOv8-seg of depth 4.0, width 4.0"):
+        TorchNetwork(weights, path.name)
+
+
+class Grabs:
+    def __reduce__(self):
+        return bytearray, (1 << 40,)
+
+
+def test_a_pickle_that_asks_for_memory_is_refused(network, tmp_path):
+    path = tmp_path / "grabs.pt"
+    segmenters.save_checkpoint(path, network, date=Grabs())
+    with pytest.raises(ValueError, match="refused, and nothing in it was run: it names .*bytearray"):
+        read_checkpoint(str(path))
+
+
+def test_a_compressed_archive_is_refused(checkpoint, tmp_path):
+    import zipfile
+
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(checkpoint) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    with pytest.raises(ValueError, match="bomb.pt is a compressed archive"):
+        read_checkpoint(str(path))
+
+
+def test_a_web_page_is_told(tmp_path):
+    (tmp_path / "page.pt").write_text("<!doctype html><title>404</title>")
+    with pytest.raises(ValueError, match="page.pt cannot be read.*web page"):
+        read_checkpoint(str(tmp_path / "page.pt"))
+
+
+def test_other_packs_allow_lists_change_nothing_and_stay(checkpoint):
+    from ultralytics.nn.tasks import SegmentationModel
+
+    before = torch.serialization.get_safe_globals()
+    try:
+        torch.serialization.add_safe_globals([SegmentationModel, os.system])
+        listed = set(torch.serialization.get_safe_globals())
+        assert read_checkpoint(str(checkpoint)).state
+        assert set(torch.serialization.get_safe_globals()) == listed
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)

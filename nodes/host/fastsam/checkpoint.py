@@ -15,9 +15,12 @@ Source: Zhao et al., Fast Segment Anything, arXiv 2306.12156.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
+import pickletools
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +99,18 @@ _PLAIN = [  # training notes beside the weights
 ]
 
 
+# torch's own: what tensors and their containers are made of. Its reader knows more, such as bytearray(n)
+_TENSORS = {
+    "collections.OrderedDict", "collections.defaultdict", "_codecs.encode", "torch.Size", "torch.device", "builtins.set", "__builtin__.set",
+    "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter",
+    "torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2", "torch.Tensor", "collections.Counter",
+    "torch.storage.UntypedStorage", "torch.storage.TypedStorage", "torch.UntypedStorage", "builtins.complex", "__builtin__.complex",
+    *(f"torch.{kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")),
+    *(f"torch.{kind}" for kind in ("float32", "float16", "bfloat16", "float64", "int64")),
+}
+LARGEST_NOTES = 64 << 20  # bytes of a checkpoint's pickle, which holds names and sizes but no weights
+
+
 class Record:
     """Stands for an object of a checkpoint: keeps its state, has no behaviour."""
 
@@ -113,14 +128,20 @@ class Record:
 def _named_records() -> list[tuple[type, str]]:
     names = [f"ultralytics.{module}.{name}" for name, modules in _ULTRALYTICS.items() for module in modules]
     names += [f"torch.nn.modules.{module}.{name}" for name, module in _TORCH.items()]
-    # ComfyUI allows NumPy's own scalars; two classes under one name would leave the choice to a set's order.
-    allowed = {_global_name(entry) for entry in torch.serialization.get_safe_globals()}
-    return [(type(name.rpartition(".")[2], (Record,), {}), name) for name in names + _PLAIN if name not in allowed]
+    return [(type(name.rpartition(".")[2], (Record,), {}), name) for name in names + _PLAIN]
 
 
-def _global_name(entry: Any) -> str:
-    """The name under which torch allows a global: given beside it, or its own."""
-    return entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
+@contextlib.contextmanager
+def _only_these(records: list[tuple[type, str]]):
+    """torch's allow-list holds these and nothing of ComfyUI's or other packs'; afterwards it is as it was."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals(records)
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 @dataclass
@@ -187,9 +208,34 @@ def _read_safetensors(path: str, name: str) -> SegmenterWeights:
     return SegmenterWeights(*_sane(*numbers, name), state)
 
 
+def _examine_pt(path: str, name: str, allowed: set[str]) -> None:
+    """Raises ValueError for what would take memory or name foreign objects, before anything is unpickled."""
+    with zipfile.ZipFile(path) as file:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+            raise ValueError(f"{name} is a compressed archive, which PyTorch never writes. Use FastSAM-s.pt or FastSAM-x.pt.")
+        pickles = [entry for entry in file.infolist() if entry.filename.endswith("data.pkl")]
+        if len(pickles) != 1 or pickles[0].file_size > LARGEST_NOTES:
+            raise ValueError(f"{name} is no checkpoint that PyTorch wrote. Use FastSAM-s.pt or FastSAM-x.pt.")
+        notes = file.read(pickles[0])
+    for operation, argument, _ in pickletools.genops(notes):
+        if operation.name != "GLOBAL":  # the one way to name an object that torch's reader knows
+            continue
+        found = argument.replace(" ", ".")
+        if found not in allowed:
+            raise ValueError(
+                f"{name} was refused, and nothing in it was run: it names {found[:200]}, which a YOLOv8-seg checkpoint does "
+                "not need. Use FastSAM-s.pt or FastSAM-x.pt."
+            )
+
+
 def _read_pt(path: str, name: str) -> SegmenterWeights:
+    records = _named_records()
     try:
-        with torch.serialization.safe_globals(_named_records()):
+        _examine_pt(path, name, {record for _, record in records} | _TENSORS)
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{name} cannot be read; it may be truncated, or a web page. Download it again. ({error})") from error
+    try:
+        with _only_these(records):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for each way a file is broken
         if type(error).__name__ == "UnpicklingError":
@@ -209,7 +255,7 @@ def _read_pt(path: str, name: str) -> SegmenterWeights:
             f"{name} is an ultralytics {kind}, which gives boxes but no masks; a SegmentationModel (-seg) is needed."
         )
     state: dict[str, Tensor] = {}
-    _collect(model, "", state)
+    _collect(model, state)
     layout = getattr(model, "yaml", None)
     depth, width, most = _scale(layout, name)
     train = content.get("train_args")
@@ -223,15 +269,24 @@ def _culprit(message: str) -> str:
     return line.strip()[:200]
 
 
-def _collect(module: Record, prefix: str, state: dict[str, Tensor]) -> None:
-    """Flatten a module's record into state-dict names."""
-    for group in ("_parameters", "_buffers"):
-        for key, tensor in (getattr(module, group, None) or {}).items():
-            if isinstance(tensor, Tensor):
-                state[prefix + key] = tensor.detach()
-    for key, child in (getattr(module, "_modules", None) or {}).items():
-        if isinstance(child, Record):
-            _collect(child, f"{prefix}{key}.", state)
+def _collect(module: Record, state: dict[str, Tensor]) -> None:
+    """Flatten a module's records into state-dict names; each record once, whatever refers to it or to itself."""
+    waiting, seen = [("", module)], {id(module)}
+    while waiting:
+        prefix, record = waiting.pop()
+        for group in ("_parameters", "_buffers"):
+            for key, tensor in _entries(record, group):
+                if isinstance(tensor, Tensor):
+                    state[prefix + key] = tensor.detach()
+        for key, child in _entries(record, "_modules"):
+            if isinstance(child, Record) and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append((f"{prefix}{key}.", child))
+
+
+def _entries(record: Record, group: str) -> list[tuple[str, Any]]:
+    found = getattr(record, group, None)
+    return [(key, value) for key, value in found.items() if isinstance(key, str)] if isinstance(found, dict) else []
 
 
 def _scale(layout, name: str) -> tuple[float, float, float]:

@@ -102,8 +102,8 @@ class OnnxNetwork:
 
 def _build(weights: SegmenterWeights, name: str) -> torch.nn.Module:
     """ultralytics' network, filled. Raises ValueError where tensors do not fit its layout."""
-    model = _segmentation_model()(weights.layout(), ch=3, nc=1, verbose=False)
-    expected = model.state_dict()
+    kind = _segmentation_model()
+    expected = _expected(weights)
     missing = [key for key in expected if key not in weights.state]
     unknown = [key for key in weights.state if key not in expected]
     if missing or unknown:
@@ -115,9 +115,19 @@ def _build(weights: SegmenterWeights, name: str) -> torch.nn.Module:
     for key, tensor in expected.items():
         if weights.state[key].shape != tensor.shape:
             raise ValueError(f"{name}: {key} is {tuple(weights.state[key].shape)}, expected {tuple(tensor.shape)}.")
+    model = kind(weights.layout(), ch=3, nc=1, verbose=False)
     model.load_state_dict(weights.state)
     model.model[-1].export = True  # the head then gives (predictions, prototypes) in every ultralytics version
     return model.float().eval().requires_grad_(False)
+
+
+def _expected(weights: SegmenterWeights) -> dict[str, Tensor]:
+    """Names and shapes of the layout's tensors, on the meta device: sizes that a file only claims take no memory."""
+    from ultralytics.nn.tasks import parse_model
+
+    with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
+        layers, _ = parse_model(weights.layout(), ch=3, verbose=False)
+    return {f"model.{key}": tensor for key, tensor in layers.state_dict().items()}
 
 
 def _segmentation_model() -> type[torch.nn.Module]:
