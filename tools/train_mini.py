@@ -20,8 +20,10 @@ Data (docs/mini/REPORT.md lists it with licences): ASSETS/train_photos (CC0), AS
 folder of Debian's openclipart-png (public domain).
 """
 import argparse
+import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -175,6 +177,8 @@ def main():
     parser.add_argument("--output", type=Path, default=SHIPPED)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    faulthandler.register(signal.SIGUSR1)  # where is it? kill -USR1
+    torch.set_flush_denormal(True)  # CPUs are slow below the range of normal numbers
     options.work.mkdir(parents=True, exist_ok=True)
     if options.stage == "autoencoder":
         train_autoencoder(options)
