@@ -30,7 +30,7 @@ class StyleEntryNode(io.ComfyNode):
                 ),
                 io.Model.Input(
                     "model", optional=True,
-                    tooltip="Or the guider's own model with one or more LoRAs on top, from Load LoRA.",
+                    tooltip="Or the guider's own model with one or more LoRAs on top, from Load LoRA, and if you like Feature Injection.",
                 ),
                 FeaturesSocket.Input(
                     "features", optional=True,
