@@ -129,3 +129,13 @@ def test_strange_latents_keep_shape_and_stay_bounded():
     odd = strange(z, std)
     assert odd.shape == z.shape and odd.isfinite().all()
     assert (odd - z).abs().amax(dim=(1, 2, 3)).min() > 0 and odd.std() < 2
+
+
+def test_penalty_does_not_reward_texture_inside_patches():
+    """Roughness in the columns 3 and 4 of a patch, which no jump over a border sees, must not make the penalty smaller."""
+    board = torch.arange(64) // 8
+    patches = (0.1 * ((board[:, None] + board) % 2)).expand(1, 3, 64, 64)
+    inside = (torch.arange(64) % 8 == 3).float() - (torch.arange(64) % 8 == 4).float()
+    amount = torch.tensor(0.003, requires_grad=True)
+    (gradient,) = torch.autograd.grad(grid_penalty(patches + amount * inside * inside[:, None]), amount)
+    assert gradient >= 0
