@@ -42,3 +42,10 @@ def test_project_file_has_no_placeholder():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert not re.findall(r'= ""|TODO|example\.(?:com|org)|<[a-z ]+>|your', text, re.IGNORECASE)
     assert 'license = { file = "LICENSE" }' in text and "classifiers" in text
+
+
+def test_pictures_of_the_pages_are_there_and_shown():
+    """Help pages and README name every picture, and each is in its place."""
+    pages = [*(ROOT / "js" / "docs").glob("*.md"), ROOT / "README.md"]
+    named = {(page.parent / link).resolve() for page in pages for link in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))}
+    assert named == set((ROOT / "js" / "docs" / "pictures").resolve().glob("*.jpg"))
