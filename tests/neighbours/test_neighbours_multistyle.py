@@ -123,3 +123,14 @@ def test_self_attention_guidance_of_several_styles(pair):
     parts = [(m, prompt, scene.negative, CFG, weight) for m, prompt, weight in zip(models, scene.prompts, weights)]
     expected = sample(Sag(scene.model, parts), 1, size=scene.size)
     assert_close(ours, expected, scene.expected(alone, steps=1))
+
+
+@pytest.mark.parametrize("name, theirs", [("easycache", "EasyCache"), ("lazycache", "LazyCache")])
+def test_caches_of_one_style_everywhere(pair, name, theirs):
+    """They skip the steps that they would skip with its LoRA merged."""
+    pair("Multi-Style Guider", theirs)
+    model, cache = tiny_unet(), getattr(neighbours, name)
+    lora, positive, negative = random_lora(model, 1), tiny_cond(model), tiny_cond(model, seed=5)
+    ours = sample(multi_style_guider(cache(model), positive, negative, CFG, [StyleEntry(lora=lora)]), 4)
+    expected = sample(plain(cache(merged(model, lora)), positive, negative, CFG), 4)
+    assert_close(ours, expected, sample(plain(merged(model, lora), positive, negative, CFG), 4))
