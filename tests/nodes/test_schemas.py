@@ -61,12 +61,3 @@ def test_help_pages_have_nodes():
 def test_node_list_for_the_manager_is_current():
     """Otherwise run tools/make_node_list.py."""
     assert set(json.loads((ROOT / "node_list.json").read_text())) == set(NODES)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "workflows" / "api").glob("*.json")), ids=lambda path: path.stem)
-def test_scripts_written_before_an_input_was_added_still_run(path):
-    """ComfyUI refuses a prompt without an input that is not optional: what is added to a node later must be."""
-    for key, node in json.loads(path.read_text()).items():
-        if node["class_type"] in NODES:
-            required = {item.id for item in NODES[node["class_type"]].GET_SCHEMA().inputs if not item.optional}
-            assert required <= {name.partition(".")[0] for name in node["inputs"]}, f"node {key} ({node['class_type']})"

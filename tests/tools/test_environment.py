@@ -53,6 +53,14 @@ def test_making_the_venv_anew_keeps_comfyui_and_forgets_the_rest(home, monkeypat
     assert [path.name for path in (home / "stamps").iterdir()] == ["comfyui"] and not (home / "venv").exists()
 
 
+def test_our_own_host_keeps_compiled_files_and_another_is_left_as_it_is(home, monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    ours, other = (environment.Host(home, home / "python", own).variables() for own in (True, False))
+    assert "PYTHONDONTWRITEBYTECODE" not in ours and ours["PYTHONPYCACHEPREFIX"] == str(home / "pycache")
+    assert other["PYTHONDONTWRITEBYTECODE"] == "1" and "PYTHONPYCACHEPREFIX" not in other
+
+
 def test_a_failing_command_shows_the_end_of_its_output(home):
     code = "print('start'); print('\\n'.join(map(str, range(100)))); print('no space left'); raise SystemExit(3)"
     with pytest.raises(SetupError, match=r"(?s)fetching failed \(exit status 3\).*no space left") as caught:

@@ -44,7 +44,11 @@ class Host:
 
     def variables(self) -> dict[str, str]:
         """Environment for programs run in this host."""
-        return {**os.environ, "COMFYUI_PATH": str(self.comfyui), "COMFYUI_PYTHON": str(self.python), "PYTHONUTF8": "1"}
+        kept = dict(os.environ)
+        if self.ours:  # compiled files are kept, or every start compiles torch and ComfyUI anew
+            kept.pop("PYTHONDONTWRITEBYTECODE", None)
+            kept["PYTHONPYCACHEPREFIX"] = str(HOME / "pycache")
+        return {**kept, "COMFYUI_PATH": str(self.comfyui), "COMFYUI_PYTHON": str(self.python), "PYTHONUTF8": "1"}
 
 
 def prepare(tests: bool = False) -> Host:
