@@ -91,8 +91,8 @@ else:
 def pytest_configure(config):
     import torch
 
-    # Tiny tensors gain nothing from many threads, and lose much.
-    torch.set_num_threads(min(torch.get_num_threads(), 4))
+    # Tiny tensors gain nothing from many threads, and beside another busy process they wait for each other at every operation.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 def pytest_generate_tests(metafunc):

@@ -15,6 +15,8 @@ from support.models import tiny_unet
 from support.sampling import sample, schedule
 from test_style_reference_run import SPAN, TEXT, a_reference, explicit, heads, tensors
 
+ROUNDING = 1e-5  # of a result's deviation: a hundred float32 roundings
+
 
 def borrowed(name, *steps, layers=("auto", "auto"), mode="override", seed=3, size=3):
     model = model_of(name)
@@ -51,10 +53,11 @@ def test_borrowing_is_the_explicit_attention_in_float64(axis):
 def test_a_content_gives_itself_nothing_and_another_sample_its_structure(name):
     trajectory, patched = borrowed(name, 1.0, 1.0)
     sigma, level, other, rows = float(trajectory.sigmas[2]), trajectory.latents[2], family_latent(name, seed=9), Rows()
-    assert torch.equal(forward(name, level, patched, sigma=sigma), forward(name, torch.cat([level, level]), sigma=sigma)[:1])
+    own, twice = forward(name, level, patched, sigma=sigma), forward(name, torch.cat([level, level]), sigma=sigma)[:1]
+    assert (own - twice).abs().max() <= ROUNDING * twice.std()  # HiDream adds its experts up in an order that threads change
     styled = forward(name, other, patched, sigma=sigma, extra=rows)
     pair = forward(name, torch.cat([other, level]), sigma=sigma)
-    assert torch.equal(rows.outputs[-1][1:], pair[1:])
+    assert (rows.outputs[-1][1:] - pair[1:]).abs().max() <= ROUNDING * pair.std()
     assert (styled - pair[:1]).std() > 1e-3 * (other - pair[:1]).std()
 
 
