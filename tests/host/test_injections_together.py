@@ -25,6 +25,7 @@ from pastiche.nodes.host.injections.content import ContentPatches, inject_featur
 from pastiche.nodes.host.injections.hspace import H_SPACE, INJECT, HSpacePatches, inject_content
 from pastiche.nodes.host.injections.injectfusion_sampler import injectfusion_sampler
 from pastiche.nodes.host.injections.keep_outside import keep_content_outside
+from pastiche.nodes.host.injections.run import rows_of
 from pastiche.nodes.host.injections.schedule import Schedule
 from pastiche.nodes.host.injections.style import inject_style
 from pastiche.nodes.host.injections.style_rows import RowPatches
@@ -143,6 +144,12 @@ def test_the_plain_attention_of_a_blend_is_another_nodes_where_it_replaced_it(sc
         assert (plain - attended(scene, scene.model)).abs().max() > 1e-2
         halved = attended(scene, scene.style(scene.first, theirs, streams=streams, strength=0.5))
         torch.testing.assert_close(halved, (plain + styled) / 2, rtol=1e-5, atol=1e-5)
+
+
+def test_every_condition_takes_the_features_of_its_own_samples():
+    one, two, options = torch.arange(3.0).view(1, 3), torch.arange(6.0).view(2, 3), {"cond_or_uncond": [1, 0]}
+    assert rows_of(one, 4, options).tolist() == [[0, 1, 2]] * 4
+    assert rows_of(two, 4, options).tolist() == [[0, 1, 2], [3, 4, 5]] * 2
 
 
 def test_an_unmasked_style_covers_those_before_it(scene):

@@ -5,7 +5,7 @@ import comfy.sd
 import pytest
 import torch
 from support.models import tiny_cond, tiny_unet
-from support.styles import SIZE, Loop, masks, merged, plain, random_lora, sample
+from support.styles import SIZE, Loop, masks, merged, oracle_merges_in_float32, plain, random_lora, sample  # noqa: F401
 
 from pastiche.nodes.host.multistyle.guider import MultiStyleGuider, multi_style_guider
 from pastiche.nodes.sockets import StyleEntry

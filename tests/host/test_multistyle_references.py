@@ -15,7 +15,7 @@ from pastiche.nodes.host.trajectories.inversion import invert
 from pastiche.nodes.sockets import StyleEntry
 from support.families import family_cond, family_latent, tiny_model
 from support.sampling import schedule
-from support.styles import Loop, merged, plain, random_lora, sample
+from support.styles import Loop, merged, oracle_merges_in_float32, plain, random_lora, sample  # noqa: F401
 
 LAYERS = {"flux": ("qkv", "linear1"), "qwen_image": ("to_q", "to_k", "to_v"), "sd15": ("to_q", "to_k", "to_v")}
 
