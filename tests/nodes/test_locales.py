@@ -1,4 +1,4 @@
-"""Translations: English is what the schemas say; simplified Chinese names every node, input and output, and nothing else."""
+"""Translations: English is what the schemas say; simplified Chinese names and explains every node, input and output, and nothing else."""
 
 import asyncio
 import json
@@ -34,6 +34,48 @@ def test_every_input_and_output_has_its_name(schemas, chinese):
         assert [str(k) for k in range(len(schema.outputs))] == list(chinese[name]["outputs"]), name
         for part in [*chinese[name]["inputs"].values(), *chinese[name]["outputs"].values()]:
             assert part["name"], name
+
+
+def parts(schema, chinese):
+    """(place, the schema's part, its translation) of every input and output."""
+    words = chinese[schema.node_id]
+    yield from ((f"{schema.node_id}.{part.id}", part, words["inputs"][part.id]) for part in schema.inputs)
+    yield from ((f"{schema.node_id} output {k}", part, words["outputs"][str(k)]) for k, part in enumerate(schema.outputs))
+
+
+def test_every_input_and_output_is_explained(schemas, chinese):
+    missing = [place for schema in schemas.values() for place, _, words in parts(schema, chinese) if not HAN.search(words.get("tooltip", ""))]
+    assert missing == []
+
+
+def test_choices_are_explained_in_both_languages(schemas, chinese):
+    """The front end shows a combo's choices untranslated: what the English tooltip says of a choice, the Chinese says too."""
+    def says(text, choice):
+        return re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", text, re.ASCII)
+
+    told = [
+        (f"{place}: {choice}", says(words["tooltip"], choice))
+        for schema in schemas.values() for place, part, words in parts(schema, chinese)
+        for choice in getattr(part, "options", None) or () if says(part.tooltip, choice)
+    ]
+    assert len(told) > 30 and [place for place, found in told if not found] == []
+
+
+def test_quoted_values_are_the_same(schemas, chinese):
+    """What is to be typed as it stands is not translated and not forgotten."""
+    for schema in schemas.values():
+        for place, part, words in parts(schema, chinese):
+            for quoted in re.findall(r'"[^"]+"', part.tooltip):
+                if quoted != '"custom"':
+                    assert quoted in words["tooltip"], place
+
+
+def test_categories_are_translated(schemas, repository):
+    """Every folder of the node library; `loaders` and `mask` are ComfyUI's own words."""
+    names = {name for schema in schemas.values() for name in schema.category.split("/")} - {"loaders", "mask"}
+    for language in ("en", "zh"):
+        main = json.loads((repository / "locales" / language / "main.json").read_text(encoding="utf-8"))
+        assert set(main["nodeCategories"]) == names, language
 
 
 def test_one_word_for_one_input(chinese):
