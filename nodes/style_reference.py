@@ -55,7 +55,7 @@ class StyleReference(io.ComfyNode):
                     tooltip="Query preservation: higher keeps more of the content's structure. Without content it has no effect.",
                 ),
                 io.Float.Input(
-                    "gamma_end", default=0.375, min=0.0, max=1.0, step=0.01,
+                    "gamma_end", default=0.375, min=0.0, max=1.0, step=0.005,
                     tooltip="gamma at the last step, when schedule is not constant.",
                 ),
                 io.Combo.Input(

@@ -111,7 +111,7 @@ class StyleInjection(io.ComfyNode):
                     "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="Share of the schedule at which injection ends."
                 ),
                 io.Float.Input(
-                    "gamma_end", default=0.375, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
+                    "gamma_end", default=0.375, min=0.0, max=1.0, step=0.005, optional=True, advanced=True,
                     tooltip="gamma at the last step, when schedule is not constant: structure first, style later.",
                 ),
                 io.Combo.Input(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import re
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def test_scripts_and_saved_graphs_of_the_first_version_still_fit(name, first):
     widgets = [part for part in inputs if isinstance(part, io.WidgetInput) and not getattr(part, "force_input", False)]
     order = [part.id for part in widgets if not part.optional] + [part.id for part in widgets if part.optional]
     assert order[: len(first["widgets"])] == first["widgets"], "a widget added later comes after all others"
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_defaults_are_shown_as_they_are(name):
+    """The front end shows as many decimals as `step` has, counted from its first digit: 0.375 in steps of 0.01 reads 0.38."""
+    for part in NODES[name].GET_SCHEMA().inputs:
+        if isinstance(part, io.Float.Input) and part.step:
+            decimals = max(0, -math.floor(math.log10(part.step)))
+            assert round(part.default, decimals) == part.default, f"{part.id}: {part.default} in steps of {part.step}"
 
 
 @pytest.mark.parametrize("name", NODES)
