@@ -37,14 +37,17 @@ function addSlider(node) {
   const draw = () => {
     // the picture may be smaller than the frame: the slider runs over the picture
     const width = frame.clientWidth;
-    const scale = Math.min(width / before.naturalWidth, frame.clientHeight / before.naturalHeight) || 0;
-    const inset = (width - before.naturalWidth * scale) / 2;
+    if (!before.naturalWidth || !after.naturalWidth) return { width, inset: 0 };
+    const scale = Math.min(width / before.naturalWidth, frame.clientHeight / before.naturalHeight);
+    // rounding may leave a hair below 0, which no padding can be
+    const inset = Math.max(0, (width - before.naturalWidth * scale) / 2);
+    const above = Math.max(0, (frame.clientHeight - before.naturalHeight * scale) / 2);
     const x = inset + share * (width - 2 * inset);
     // models draw in multiples of 8 pixels: shapes that are nearly the same share one frame, others keep their own
     const ratio = (after.naturalWidth * before.naturalHeight) / (after.naturalHeight * before.naturalWidth);
     const same = ratio > 0.9 && ratio < 1.1;
     after.style.objectFit = same ? "fill" : "contain";
-    after.style.padding = same ? `${(frame.clientHeight - before.naturalHeight * scale) / 2}px ${inset}px` : "0";
+    after.style.padding = same ? `${above}px ${inset}px` : "0";
     after.style.clipPath = `inset(0 0 0 ${x}px)`;
     line.style.left = `${x - 1}px`;
     return { width, inset };
