@@ -64,6 +64,7 @@ class Landing:
     x:        (B, C, ...) the latent at sigma_next.
     eps:      (B, C, ...) the noise prediction that led there; denoised: the same as a clean latent.
     residual: (B,) |x' - x - h eps(x', s')| over |x'|, where the scheme knows it; diverged: (B,) bool, whether it grew.
+    settled:  whether the last evaluation was at x, where the scheme means to ask there.
     """
 
     x: Tensor
@@ -71,6 +72,7 @@ class Landing:
     denoised: Tensor
     residual: Tensor | None = None
     diverged: Tensor | None = None
+    settled: bool = True
 
 
 Step = Callable[[Predict, Tensor, Leg], Landing]
@@ -125,9 +127,9 @@ def step_fixed_point(predict: Predict, x: Tensor, leg: Leg) -> Landing:
     """Solves x' = x + h eps(x', s'), whose solution the sampler's Euler step takes back to x exactly.
 
     Iterates x' <- x + h eps(x', s') from the guess of `predicted` (in the first step from `next`) and returns the
-    best iterate whose residual was seen, so never a worse one than it started from. Each sample stops once its
-    residual is within the tolerance or grows; where it grew, `next` is tried too. `iterations` counts evaluations
-    after the first; 0 is `next`.
+    best iterate whose residual was seen. Each sample stops once its residual is within the tolerance or grows; where
+    it did not come within it, `next` is tried too, so that a step is never worse than `next`'s and above the tolerance.
+    `iterations` counts evaluations after the first; 0 is `next`.
     """
     if leg.iterations == 0:
         return step_next(predict, x, leg)
@@ -137,12 +139,12 @@ def step_fixed_point(predict: Predict, x: Tensor, leg: Leg) -> Landing:
     for _ in range(leg.iterations + 1):
         landing = _evaluate(predict, x, candidate, leg)
         best.judge(candidate, landing)
-        candidate = landing.x
+        candidate = best.go_on(landing.x)
         if not bool(best.active.any()):
             break
-    if bool(best.diverged.any()) and leg.eps is not None:
-        rescue = step_next(predict, x, leg).x
-        best.consider(best.diverged, rescue, _evaluate(predict, x, rescue, leg))
+    if bool(best.short.any()) and leg.eps is not None:
+        rescue = best.go_on(step_next(predict, x, leg).x, best.short)
+        best.consider(best.short, rescue, _evaluate(predict, x, rescue, leg))
     return best.landing()
 
 
@@ -154,21 +156,30 @@ class Best:
         self.residual = torch.full_like(sample_norm(start), float("inf"))
         self.active = torch.ones_like(self.residual, dtype=torch.bool)
         self.diverged = torch.zeros_like(self.active)
-        self._x = start
+        self._x = self._last = start
         self._eps = self._denoised = None
 
     def judge(self, candidate: Tensor, landing: Landing) -> None:
         """Takes the next iterate and what it leads to; a sample whose residual does not shrink ends here."""
         better = self.consider(self.active, candidate, landing)
         self.diverged |= self.active & ~better
-        self.active &= better & (self.residual > self.tolerance * sample_norm(self._x))
+        self.active &= better & self.short
+
+    @property
+    def short(self) -> Tensor:
+        """(B,) samples whose best residual is above the tolerance."""
+        return ~(self.residual <= self.tolerance * sample_norm(self._x))
+
+    def go_on(self, candidate: Tensor, asked: Tensor | None = None) -> Tensor:
+        """`candidate` for the (B,) `asked` samples, by default the active ones; the best iterate for those that are done."""
+        return torch.where(_as_rows(self.active if asked is None else asked, candidate), candidate, self._x)
 
     def consider(self, asked: Tensor, candidate: Tensor, landing: Landing) -> Tensor:
         """Keeps `candidate` for those of the (B,) `asked` samples whose residual it lowers; returns these."""
         residual = sample_norm(landing.x - candidate)
         better = asked & (residual < self.residual)  # NaN compares false
-        rows = better.view(-1, *[1] * (candidate.ndim - 1))
-        first = self._eps is None
+        rows = _as_rows(better, candidate)
+        first, self._last = self._eps is None, candidate
         self._x = torch.where(rows, candidate, self._x)
         self._eps = landing.eps if first else torch.where(rows, landing.eps, self._eps)
         self._denoised = landing.denoised if first else torch.where(rows, landing.denoised, self._denoised)
@@ -176,7 +187,8 @@ class Best:
         return better
 
     def landing(self) -> Landing:
-        return Landing(self._x, self._eps, self._denoised, self.residual / sample_norm(self._x), self.diverged)
+        settled = torch.equal(self._last, self._x)
+        return Landing(self._x, self._eps, self._denoised, self.residual / sample_norm(self._x), self.diverged, settled)
 
 
 SCHEMES: dict[str, Step] = {
@@ -186,6 +198,11 @@ SCHEMES: dict[str, Step] = {
     "predicted": step_predicted,
     "midpoint": step_midpoint,
 }
+
+
+def _as_rows(flags: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ...)."""
+    return flags.view(-1, *[1] * (like.ndim - 1))
 
 
 def _carried(x: Tensor, leg: Leg, sigma: Tensor) -> Tensor:

@@ -133,6 +133,34 @@ def test_where_the_guess_leads_nowhere_next_is_taken():
     assert (left <= residuals(denoise, x, plain.x, step) * (1 + 1e-12))[solved.diverged].all()
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+def test_a_contraction_cut_off_before_its_tolerance_is_not_worse_than_next(iterations):
+    """From a bad guess every iterate is better than the one before, and still worse than `next`."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(8, 1, 4, 4, generator=generator, dtype=torch.float64)
+    eps = 200 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    denoise, asked = counted(predict(0.5))
+    step = leg(0.1, 0.5, iterations=iterations, eps=eps)
+    solved, plain = step_fixed_point(denoise, x, step), step_next(predict(0.5), x, step)
+    assert not solved.diverged.any() and len(asked) == iterations + 3
+    left, other = (residuals(predict(0.5), x, landing.x, step) for landing in (solved, plain))
+    assert (left <= other * (1 + 1e-12)).all()
+
+
+def test_a_sample_that_is_done_waits_for_the_others_where_it_is():
+    """What is evaluated last, and kept as features, is each sample's own result, as when it is alone."""
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    strengths, step = torch.tensor([0.01, 0.5], dtype=torch.float64).view(2, 1, 1, 1), leg(0.0, 1.0, iterations=40, tolerance=1e-3)
+    denoise, asked = counted(predict(strengths))
+    solved = step_fixed_point(denoise, x, step)
+    assert torch.equal(asked[-1][0], solved.x)
+    for i in range(2):
+        alone, seen = counted(predict(strengths[i : i + 1]))
+        own = step_fixed_point(alone, x[i : i + 1], step)
+        assert torch.equal(own.x, solved.x[i : i + 1]) and torch.equal(seen[-1][0], own.x)
+    assert len(seen) == len(asked) > 4
+
+
 def test_nan_predictions_fall_back():
     calls = []
 

@@ -156,7 +156,7 @@ def invert(
             notes.take(landing, float(path[i + 1]))
             if (i + 1) % substeps == 0:
                 kept.append(x.float().cpu())
-                if witness is not None and landing.diverged is not None and bool(landing.diverged.any()):
+                if witness is not None and not landing.settled:
                     predict(x, levels[i + 1])  # the last evaluation was not at the iterate that was kept
             report(i, x, landing.denoised)
         if witness is not None:
