@@ -12,7 +12,7 @@ from .host.fastsam.model import register_fastsam_folder
 from .host.features.library import register_folder
 from .host.version import warn_if_too_old
 from .injectfusion import HSpaceSlerp, InjectFusionSampler
-from .inversion import DDIMInversion, InversionReport, MidpointSampler
+from .inversion import DDIMInversion, DDIMSampler, InversionReport, MidpointSampler
 from .mini import LoadMini
 from .samples import SamplePicture
 from .multistyle import MultiStyleGuiderNode, StyleEntryNode
@@ -35,6 +35,7 @@ class PasticheExtension(ComfyExtension):
             DDIMInversion,
             InversionReport,
             MidpointSampler,
+            DDIMSampler,
             LatentAdaIN,
             CaptureFeatures,
             SaveFeatures,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from .host.features.capture import MEMORY, PRECISION
-from .host.features.on_the_way import invert_and_capture
+from .host.features.on_the_way import invert_several
+from .host.trajectories.clean_level import CLEAN_LEVELS
+from .host.trajectories.ddim_sampler import ddim_sampler
 from .host.trajectories.inversion import DEFAULT_SCHEME, SCHEMES, TOLERANCE, inverted_noise
 from .host.trajectories.midpoint_sampler import midpoint_sampler
-from .host.trajectories.noise import latent_output
+from .host.trajectories.noise import latent_output, no_output
 from .host.trajectories.report import inversion_report
 from .sockets import FeaturesSocket, TrajectorySocket
 
@@ -101,6 +103,21 @@ class DDIMInversion(io.ComfyNode):
                     advanced=True,
                     tooltip="Of the kept features: half stores 16-bit numbers, full 32-bit ones.",
                 ),
+                io.Combo.Input(
+                    "clean_level",
+                    options=list(CLEAN_LEVELS),
+                    default="sigma 0",
+                    optional=True,
+                    advanced=True,
+                    tooltip="The noise level that the encoded picture counts as. sigma 0 is ComfyUI's; the papers' codes begin at a "
+                    "timestep, see docs/parity.md.",
+                ),
+                io.Latent.Input(
+                    "style",
+                    optional=True,
+                    tooltip="A second picture, or several, for the style outputs: inverted in the same batch where the sizes agree, "
+                    "otherwise after the first. For one style on many photos use a node of its own, which then runs once.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -121,20 +138,28 @@ class DDIMInversion(io.ComfyNode):
                     display_name="features",
                     tooltip="What Capture Features would give, kept on the way: for Style Injection and the like.",
                 ),
+                io.Latent.Output(display_name="style noise", tooltip="noise, of what is connected to style: for Latent AdaIN."),
+                TrajectorySocket.Output(display_name="style trajectory", tooltip="trajectory, of what is connected to style."),
+                io.Noise.Output(display_name="style NOISE", tooltip="NOISE, of what is connected to style."),
+                FeaturesSocket.Output(display_name="style features", tooltip="features, of what is connected to style: for Style Injection."),
             ],
         )
 
     @classmethod
     def execute(
         cls, model, latent, sigmas, positive=None, scheme=DEFAULT_SCHEME, iterations=5, substeps=1, tolerance=TOLERANCE,
-        streams="self_attention", layers="auto", memory="recompute", precision="half",
+        streams="self_attention", layers="auto", memory="recompute", precision="half", clean_level="sigma 0", style=None,
     ) -> io.NodeOutput:
-        noise, trajectory, features = invert_and_capture(
-            model, latent, sigmas, streams, layers, memory, precision,
-            positive=positive, scheme=scheme, iterations=iterations, substeps=substeps, tolerance=tolerance,
-        )
-        sampler_noise = inverted_noise(model, trajectory)
-        return io.NodeOutput(latent_output(sampler_noise, noise), trajectory, sampler_noise, features)
+        outputs = []
+        for noise, trajectory, features in invert_several(
+            model, [latent] if style is None else [latent, style], sigmas, streams, layers, memory, precision,
+            positive=positive, scheme=scheme, iterations=iterations, substeps=substeps, tolerance=tolerance, clean_level=clean_level,
+        ):
+            sampler_noise = inverted_noise(model, trajectory)
+            outputs += [latent_output(sampler_noise, noise), trajectory, sampler_noise, features]
+        if style is None:
+            outputs += [no_output("DDIM Inversion has no second picture: connect one to its style input.")] * 4
+        return io.NodeOutput(*outputs)
 
 
 class InversionReport(io.ComfyNode):
@@ -198,3 +223,32 @@ class MidpointSampler(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(midpoint_sampler())
+
+
+class DDIMSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PasticheDDIMSampler",
+            display_name="DDIM Sampler (as in the papers' code)",
+            category=CATEGORY,
+            description="Core's euler, which is DDIM, with the last noise level of the papers' codes and the steps that they leave out: "
+            "for comparing with published pictures.",
+            search_aliases=["ddim", "parity", "official", "set_alpha_to_one", "styleid", "compvis"],
+            inputs=[
+                io.Combo.Input(
+                    "clean_level", options=list(CLEAN_LEVELS), default="sigma 0",
+                    tooltip="Where the last step ends. sigma 0 is core's euler; t = 0 is diffusers' set_alpha_to_one=False, and CompVis.",
+                ),
+                io.Int.Input(
+                    "skip_steps", default=0, min=0, max=1000,
+                    tooltip="Levels to leave out at the start: the network's latent stays as it is while the timestep moves on. "
+                    "CompVis StyleID does it.",
+                ),
+            ],
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom, SamplerCustomAdvanced and Inversion Report.")],
+        )
+
+    @classmethod
+    def execute(cls, clean_level="sigma 0", skip_steps=0) -> io.NodeOutput:
+        return io.NodeOutput(ddim_sampler(clean_level, skip_steps))

@@ -39,6 +39,10 @@ class LatentAdaIN(io.ComfyNode):
                 ),
                 io.Mask.Input("content_mask", optional=True, tooltip="Restyle only here, with statistics of this region."),
                 io.Mask.Input("style_mask", optional=True, tooltip="Take the style's statistics from this region only."),
+                io.Float.Input(
+                    "epsilon", default=0.0, min=0.0, max=1.0, step=1e-6, round=1e-8, optional=True, advanced=True,
+                    tooltip="Added to the content's deviations before dividing by them, in the latents' own units: StyleID's diffusers code does.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The sampler's latent_image for StyleID."),
@@ -47,11 +51,11 @@ class LatentAdaIN(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, content, style, strength=1.0, content_mask=None, style_mask=None) -> io.NodeOutput:
+    def execute(cls, content, style, strength=1.0, content_mask=None, style_mask=None, epsilon=0.0) -> io.NodeOutput:
         if isinstance(content, dict) and isinstance(style, dict):
             missing = no_output("There is no NOISE where content and style are latents: connect DDIM Inversion's NOISE to both.")
-            return io.NodeOutput(latent_adain(content, style, strength, content_mask, style_mask), missing)
-        noise = noise_adain(content, style, strength, content_mask, style_mask)
+            return io.NodeOutput(latent_adain(content, style, strength, content_mask, style_mask, epsilon), missing)
+        noise = noise_adain(content, style, strength, content_mask, style_mask, epsilon)
         return io.NodeOutput(latent_output(noise, {"samples": noise.as_latent()}), noise)
 
 

@@ -27,17 +27,18 @@ def adain(
     content_mask: torch.Tensor | None = None,
     style_mask: torch.Tensor | None = None,
     flat: float = 1e-5,
+    epsilon: float = 0.0,
 ) -> torch.Tensor:
     """Initial latent AdaIN (StyleID eq. 7): std_s (c - mean_c) / std_c + mean_s, per channel and sample.
 
     content: (B, C, H, W); style: (B or 1, C, h, w), any size. Masks (B or 1, 1, H, W) choose the pixels that
     the statistics come from. A flat content channel (std below `flat` of the style's) has no shape to
-    rescale and takes the style's mean only.
+    rescale and takes the style's mean only. epsilon: added to std_c.
     """
     content_mean, content_std = masked_statistics(content, content_mask)
     style_mean, style_std = masked_statistics(style, style_mask)
     degenerate = content_std <= flat * style_std.clamp_min(flat)
-    scale = torch.where(degenerate, torch.zeros_like(content_std), style_std / content_std.clamp_min(1e-12))
+    scale = torch.where(degenerate, torch.zeros_like(content_std), style_std / (content_std + epsilon).clamp_min(1e-12))
     return scale * (content - content_mean) + style_mean
 
 

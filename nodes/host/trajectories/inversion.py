@@ -18,6 +18,7 @@ from ..networks.conditioning import inversion_conditioning
 from ..networks.fingerprint import fingerprint
 from ..networks.marks import require_plain
 from ..networks.neighbours import plain_pass
+from .clean_level import SAME, clean_sigma, input_scale
 from .noise import InvertedNoise
 
 Walk = Callable[[Predict, torch.Tensor, Callable], torch.Tensor]
@@ -116,6 +117,7 @@ def invert(
     substeps: int = 1,
     tolerance: float = TOLERANCE,
     witness: Witness | None = None,
+    clean_level: str = "sigma 0",
 ) -> tuple[dict, Trajectory]:
     """DDIM inversion of a LATENT along a sampling schedule.
 
@@ -123,6 +125,8 @@ def invert(
     levels are kept (the papers' 1000-step inversion with 50 kept is 50 sigmas and 20 substeps).
     tolerance: residual over |x'| at which `fixed_point` stops, at the latest after `iterations`.
     witness: sees every evaluation; levels that the scheme did not ask about are evaluated once more for it.
+    clean_level: the noise level that the latent counts as, see CLEAN_LEVELS; where the schedule's last level is that
+    one, the first step is none. The trajectory keeps the latent as it was given, at sigma 0.
     Returns the LATENT at sigmas[0] (see `noise_latent`) and the Trajectory. Raises ValueError on bad schedules and
     latents, and for a MODEL with an injection.
     """
@@ -133,8 +137,9 @@ def invert(
     samples = check_latent(latent)
     samples = comfy.sample.fix_empty_latent_channels(model, samples)
     conditioning = inversion_conditioning(model, positive)
-    path = _refine(model, ascending, substeps)
     sampling = model.get_model_object("model_sampling")
+    start = torch.tensor(clean_sigma(sampling, clean_level))
+    path, keep = _refine(sampling, ascending, substeps, start)
     kept: list[torch.Tensor] = []
     notes = _Notes(tolerance)
     if witness is not None:
@@ -144,17 +149,20 @@ def invert(
     def walk(predict: Predict, x: torch.Tensor, report: Callable) -> torch.Tensor:
         levels, eps = path.to(x.device), None
         kept.append(x.float().cpu())
+        x = x / input_scale(sampling, levels[0]) if start > 0 else x
         if witness is not None:
             predict = _witnessed(predict, ascending, witness)
         for i in range(len(levels) - 1):
+            if levels[i + 1] <= levels[i] * (1 + SAME):  # the clean latent is one of this level
+                kept.append(x.float().cpu())
+                continue
             leg = Leg(
-                levels[i], levels[i + 1], eps, sampling.sigma_min.to(x), lambda sigma: _input_scale(sampling, sigma),
-                iterations, tolerance,
+                levels[i], levels[i + 1], eps, sampling.sigma_min.to(x), lambda sigma: input_scale(sampling, sigma), iterations, tolerance
             )
             landing = SCHEMES[scheme](predict, x, leg)
             x, eps = landing.x, landing.eps
             notes.take(landing, float(path[i + 1]))
-            if (i + 1) % substeps == 0:
+            if keep[i + 1]:
                 kept.append(x.float().cpu())
                 if witness is not None and not landing.settled:
                     predict(x, levels[i + 1])  # the last evaluation was not at the iterate that was kept
@@ -164,11 +172,10 @@ def invert(
                 predict(kept[step].to(x), ascending[step].to(x))
         return x
 
-    walk_latent(model, samples, conditioning, path, walk)
+    walk_latent(model, samples, conditioning, torch.cat([ascending[:1], path[1:]]), walk)  # flow models rescale above sigma 0
     notes.tell(len(path) - 1)
     trajectory = Trajectory(ascending, torch.stack(kept), conditioning, scheme, fingerprint(model))
-    out = {name: value for name, value in latent.items() if not name.startswith(("noise_mask", "downscale_ratio"))}
-    return out | {"samples": noise_latent(model, trajectory)}, trajectory
+    return inverted_latent(model, latent, trajectory), trajectory
 
 
 def _witnessed(predict: Predict, ascending: torch.Tensor, witness: Witness) -> Predict:
@@ -214,6 +221,12 @@ class _Notes:
             )
 
 
+def inverted_latent(model: ModelPatcher, latent: dict, trajectory: Trajectory) -> dict:
+    """The LATENT that `latent` was inverted to: without its noise mask."""
+    out = {name: value for name, value in latent.items() if not name.startswith(("noise_mask", "downscale_ratio"))}
+    return out | {"samples": noise_latent(model, trajectory)}
+
+
 def noise_latent(model: ModelPatcher, trajectory: Trajectory) -> torch.Tensor:
     """The trajectory's last latent as a LATENT's samples: (B, C, ...), what the sampler continues from."""
     return inverted_noise(model, trajectory).as_latent()
@@ -244,28 +257,34 @@ def reconstruct(model: ModelPatcher, trajectory: Trajectory, sampler: comfy.samp
     ).float().cpu()
 
 
-def _input_scale(model_sampling: Any, sigma: torch.Tensor) -> torch.Tensor:
-    """c_in(sigma): what the model multiplies a latent with before its network sees it."""
-    return model_sampling.calculate_input(sigma, torch.ones_like(sigma))
+def _refine(sampling: Any, ascending: torch.Tensor, substeps: int, start: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
+    """The levels of an inversion that leaves from sigma `start`, and which of them are the schedule's own.
 
-
-def _refine(model: ModelPatcher, ascending: torch.Tensor, substeps: int) -> torch.Tensor:
-    """Puts `substeps` - 1 levels between neighbours, evenly in the model's timestep."""
+    `substeps` - 1 levels are put between neighbours, evenly in the model's timestep.
+    """
+    if start > ascending[1] * (1 + SAME):
+        raise ValueError(
+            f"clean_level: the latent would count as one of sigma {float(start):.4f}, above the schedule's last level "
+            f"{float(ascending[1]):.4f}. Choose a lower one, or fewer steps."
+        )
+    ascending = torch.cat([start.view(1).to(ascending), ascending[1:]])
     if substeps <= 1:
-        return ascending
-    sampling = model.get_model_object("model_sampling")
-    levels = [ascending[:1]]
+        return ascending, [True] * len(ascending)
+    levels, keep = [ascending[:1]], [True]
     for low, high in zip(ascending[:-1], ascending[1:]):
         begin, end = (float(sampling.timestep(sigma.view(1))) for sigma in (low.clamp_min(sampling.sigma_min), high))
+        count = substeps if start == 0 else max(1, min(substeps, round(end - begin)))  # no steps within one of the model's
         if begin < end:
-            inner = sampling.sigma(torch.linspace(begin, end, substeps + 1)[1:])
+            inner = sampling.sigma(torch.linspace(begin, end, count + 1)[1:])
         else:  # from the clean latent to the model's smallest sigma there is no timestep between
-            inner = torch.linspace(float(low), float(high), substeps + 1)[1:]
+            inner = torch.linspace(float(low), float(high), count + 1)[1:]
         levels.append(torch.cat([inner[:-1].float(), high.view(1)]))
+        keep += [False] * (count - 1) + [True]
     refined = torch.cat(levels)
-    if not bool((refined[1:] > refined[:-1]).all()):
+    rises = refined[1:] > refined[:-1]
+    if not bool(rises[1:].all()) or not (bool(rises[0]) or start > 0):
         raise ValueError(
             f"substeps: {substeps} forward steps per sampling step do not fit between the schedule's levels "
             f"({len(ascending) - 1} steps of a model with 1000 timesteps); use at most {1000 // (len(ascending) - 1)}."
         )
-    return refined
+    return refined, keep

@@ -11,7 +11,8 @@ from .noise import InvertedNoise
 
 
 def noise_adain(
-    content: InvertedNoise, style: InvertedNoise, strength: float, content_mask: torch.Tensor | None, style_mask: torch.Tensor | None
+    content: InvertedNoise, style: InvertedNoise, strength: float, content_mask: torch.Tensor | None, style_mask: torch.Tensor | None,
+    epsilon: float = 0.0,
 ) -> InvertedNoise:
     """`latent_adain` of two inversions' NOISE, in the model's own latent space."""
     for name, noise in (("content", content), ("style", style)):
@@ -20,17 +21,18 @@ def noise_adain(
                 f"{name}: expected DDIM Inversion's NOISE on both content and style, or its noise latent on both; "
                 f"got {type(noise).__name__}."
             )
-    styled = latent_adain({"samples": content.latent}, {"samples": style.latent}, strength, content_mask, style_mask)
+    styled = latent_adain({"samples": content.latent}, {"samples": style.latent}, strength, content_mask, style_mask, epsilon)
     return InvertedNoise(content.model, content.sigmas, styled["samples"])
 
 
 def latent_adain(
-    content: dict, style: dict, strength: float, content_mask: torch.Tensor | None, style_mask: torch.Tensor | None
+    content: dict, style: dict, strength: float, content_mask: torch.Tensor | None, style_mask: torch.Tensor | None,
+    epsilon: float = 0.0,
 ) -> dict:
     """Content LATENT with the style LATENT's channel statistics (StyleID eq. 7).
 
     Masks (B or 1, H, W) of any size choose what the statistics are taken from; the content's mask also limits
-    what changes, softly. strength blends, 0..1. A video's statistics are over all its frames.
+    what changes, softly. strength blends, 0..1. epsilon is added to the content's deviations. A video's statistics are over all its frames.
     Raises ValueError for unlike channels or batches.
     """
     target, reference = check_latent(content, "content"), check_latent(style, "style").to(content["samples"])
@@ -48,7 +50,7 @@ def latent_adain(
     weights = {name: _latent_mask(mask, name, latent) for name, mask, latent in
                (("content_mask", content_mask, target), ("style_mask", style_mask, reference))}
     flat, weight = _as_picture(target), strength
-    styled = adain(flat.float(), _as_picture(reference).float(), weights["content_mask"], weights["style_mask"]).to(target)
+    styled = adain(flat.float(), _as_picture(reference).float(), weights["content_mask"], weights["style_mask"], epsilon=epsilon).to(target)
     if content_mask is not None:
         weight = strength * weights["content_mask"].to(target)
     return content | {"samples": blend(flat, styled, weight).reshape(target.shape)}
