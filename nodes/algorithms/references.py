@@ -73,6 +73,17 @@ def token_grid(tokens: int, shape: tuple[int, ...]) -> tuple[int, int, int] | No
     return None
 
 
+def grown_tokens(tokens: int, small: tuple[int, ...], shape: tuple[int, ...]) -> int | None:
+    """How many tokens a latent `shape` ([T,] H, W) has where `small` has `tokens`; None where no square patch explains them."""
+    grid = token_grid(tokens, small)
+    if grid is None:
+        return None
+    patch = 1
+    while grid[1:] != (-(-small[-2] // patch), -(-small[-1] // patch)):
+        patch *= 2
+    return grid[0] * -(-shape[-2] // patch) * -(-shape[-1] // patch)
+
+
 def fit_latent(latent: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A latent (B, C, [T,] h, w) at `shape` ([T,] H, W): cut around its centre where larger, mirrored where smaller.
 

@@ -7,6 +7,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from pastiche.nodes.host.references import run
 from pastiche.nodes.host.references.install import style_reference
 from pastiche.nodes.host.references.layout import SLOT, Probe
 from pastiche.nodes.host.references.run import KEY
@@ -75,6 +76,24 @@ def test_spans_are_those_of_the_specification(name):
         if call.span is not None:
             found.setdefault(call.tokens, call.span)
     assert found == family(name).spans
+
+
+@pytest.mark.parametrize("name, size", [*((name, (48, 64)) for name in EVERY), ("flux", (36, 50)), ("sd15", (36, 50)), ("z_image", (36, 50))])
+def test_a_small_latents_layout_is_that_of_the_whole(name, size, monkeypatch):
+    """Where it is not (Z-Image pads 90 and 450 tokens otherwise), the whole is looked at and the step done again."""
+    shapes = []
+
+    def look(executor, x, *args, **kwargs):
+        shapes.append(tuple(x.shape[-2:]))
+        return executor(x, *args, **kwargs)
+
+    x, patched = family_latent(name, seed=4, size=size), referenced(name, family_latent(name, seed=3, size=size))
+    got = forward(name, x, patched, extra=look)
+    assert shapes == [size] * (3 if (name, size) == ("z_image", (36, 50)) else 1)  # the small look passes others' wrappers by
+    monkeypatch.setattr(run, "small_shape", lambda shape: None)
+    shapes.clear()
+    assert torch.equal(got, forward(name, x, patched, extra=look))
+    assert len(shapes) == 2
 
 
 def test_cross_attention_with_as_many_tokens_as_the_picture_is_left_alone():

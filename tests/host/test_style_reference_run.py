@@ -289,7 +289,7 @@ def test_a_guider_is_left_as_it_was_and_asked_for_the_memory_of_all_rows():
     noise = random_latent(batch=2)
     guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), schedule(model, 2), disable_pbar=True)
     assert shapes == [(6, 4, 8, 8)]  # two samples, each with two styles
-    assert seen[0] == (4, 2, 2) and set(seen[1:]) == {(12, 6, 6)}
+    assert seen[0] == (2, 2, 2) and set(seen[1:]) == {(12, 6, 6)}
     assert KEY not in guider.model_options["transformer_options"]
 
 

@@ -79,13 +79,13 @@ _TABLE = {
     ),
     "sd3": Family(
         "SD3",
-        dict(in_channels=16, patch_size=2, depth=2, input_size=None, adm_in_channels=16, context_size=16, num_patches=64, pos_embed_max_size=8,
+        dict(in_channels=16, patch_size=2, depth=2, input_size=None, adm_in_channels=16, context_size=16, num_patches=1024, pos_embed_max_size=32,
              pos_embed_scaling_factor=None, qk_norm="rms", context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 16, "out_features": 128}}),
         16, 16, _JOINT, rope=False, extras=_pooled(16),
     ),
     "sd35_medium": Family(
         "SD3",
-        dict(in_channels=16, patch_size=2, depth=3, input_size=None, adm_in_channels=16, context_size=16, num_patches=64, pos_embed_max_size=8,
+        dict(in_channels=16, patch_size=2, depth=3, input_size=None, adm_in_channels=16, context_size=16, num_patches=1024, pos_embed_max_size=32,
              pos_embed_scaling_factor=None, qk_norm="rms", x_block_self_attn_layers=[0, 1],
              context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 16, "out_features": 192}}),
         16, 16, _JOINT | _ALL, rope=False, extras=_pooled(16),

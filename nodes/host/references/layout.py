@@ -5,15 +5,16 @@ Two rows with one prompt and different latents differ, before anything has mixed
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable
 
 from torch import Tensor
 
-from ...algorithms.references import Span, differing_span, within_padding
+from ...algorithms.references import Span, differing_span, grown_tokens, within_padding
 
 ARGUMENTS = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 SLOT = "optimized_attention_override"
+LEAST = 16  # latent cells a side that a layout is looked for on: U-Nets halve it three times
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,33 @@ class Layout:
     def numbers(self) -> dict[int, int]:
         images = [index for index, call in enumerate(self.calls) if call.span is not None]
         return {index: number for number, index in enumerate(images)}
+
+    def grown(self, small: tuple[int, ...], shape: tuple[int, ...]) -> Layout | None:
+        """The layout of a latent `shape` ([T,] H, W), from this one of a `small` latent under the same conditions.
+
+        What stands beside the picture's tokens stays. None where no grid explains them.
+        """
+        calls = []
+        for call in self.calls:
+            if call.span is not None:
+                first, end = call.span
+                tokens = grown_tokens(end - first, small, shape)
+                if tokens is None:
+                    return None
+                call = replace(call, tokens=call.tokens - (end - first) + tokens, span=(first, first + tokens))
+            calls.append(call)
+        return Layout(tuple(calls))
+
+
+def small_shape(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """A latent much smaller than `shape` ([T,] H, W) whose tokens are padded alike, None where there is none.
+
+    The remainders of 16 cells stay: networks pad to patches, and some to a multiple of tokens.
+    """
+    height, width = (LEAST + side % LEAST for side in shape[-2:])
+    if 2 * height * width > shape[-2] * shape[-1]:
+        return None
+    return *shape[:-2], height, width
 
 
 def named(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...algorithms.masks import as_batch
 from ...algorithms.references import sampling_progress
 from ..injections.style_rows import STYLE_PLAN
-from .layout import SLOT, Layout, Probe
+from .layout import SLOT, Layout, Probe, small_shape
 from .rows import lengthen, own_conditions, without_control
 from .settings import Reference, Source
 from .sharing import Part, Sharing
@@ -28,11 +28,15 @@ class ReferenceRun:
         self.shape = shape  # of the sampled latent (B, C, ...)
         self._memo: dict[Any, Any] = {}
         self.told: set[str] = set()
+        self.expected: set[tuple] = set()  # signatures whose layout comes from a small latent, not yet seen at full size
 
     def memo(self, key: Any, compute: Callable[[], Any]) -> Any:
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
+
+    def forget(self, key: Any) -> None:
+        self._memo.pop(key, None)
 
     def tell(self, sentence: str, *values: Any) -> None:
         """Logs a sentence once a run."""
@@ -119,7 +123,24 @@ class _Forward:
         self.previous = options.get(SLOT)
 
     def run(self, active: list[Reference]) -> Tensor:
-        layout = self.run_state.memo(("layout", self._signature()), lambda: self._find_layout(active[0].family))
+        key = "layout", self._signature()
+        layout = self.run_state.memo(key, lambda: self._find_layout(active[0].family))
+        out, fits = self._with_references(active, layout)
+        if not fits and key[1] in self.run_state.expected:
+            # the small latent told something else than this forward
+            self.run_state.expected.discard(key[1])
+            self.run_state.forget(key)
+            layout = self.run_state.memo(key, lambda: self._probed(self.x, active[0].family))
+            out, fits = self._with_references(active, layout)
+        if not fits:
+            self.run_state.tell(
+                "%s made other attention calls than the %d expected: another node skips blocks or changes tokens, and the "
+                "references were left out of what did not fit.", active[0].family, len(layout.calls),
+            )
+        return out
+
+    def _with_references(self, active: list[Reference], layout: Layout) -> tuple[Tensor, bool]:
+        """The forward's output, and whether its attention calls were those of `layout`."""
         parts, added = [], _Added(self.rows, self.samples)
         for reference in active:
             calls, chunks = chosen_calls(reference, layout, float(self.t.flatten()[0])), self._chunks_of(reference)
@@ -132,18 +153,12 @@ class _Forward:
             borrowed = borrowed_calls(reference, layout, float(self.t.flatten()[0]))
             parts.append(Part(reference, rows, kinds, tuple(places), content, calls, *borrowed))
         if not parts:
-            return self._execute(self.x, self.t, self.conditions, self.control, self.options)
+            return self._execute(self.x, self.t, self.conditions, self.control, self.options), True
         shape = tuple(self.x.shape[2:])
         sharing = Sharing(
             layout, parts, self.rows, shape, shape == self.run_state.shape[2:], self._progress(), self.previous, self.run_state.memo
         )
-        out = self._run_rows(added, sharing)
-        if sharing.count != len(layout.calls) or sharing.strayed:
-            self.run_state.tell(
-                "%s made %d attention calls where %d were expected: another node skips blocks or changes tokens, and the "
-                "references were left out of what did not fit.", active[0].family, sharing.count, len(layout.calls),
-            )
-        return out
+        return self._run_rows(added, sharing), sharing.count == len(layout.calls) and not sharing.strayed
 
     def _chunks_of(self, reference: Reference) -> tuple[int, ...]:
         """Positions of the chunks of the batch that a reference acts on."""
@@ -181,19 +196,39 @@ class _Forward:
         return out[: self.rows]
 
     def _find_layout(self, family: str) -> Layout:
-        """Runs the first chunk's rows beside the same rows with other latents; what comes out is thrown away."""
-        rows = self.samples
-        x = self.x[:rows]
+        """From a small part of the latent where that tells, which costs next to nothing, else from all of it."""
+        shape = tuple(self.x.shape[2:])
+        small = small_shape(shape)
+        if small is not None:
+            try:
+                found = self._probed(self.x[..., : small[-2], : small[-1]], family, alone=True).grown(small, shape)
+            except Exception:  # a network, or what others put into it, that wants this size; the look at the whole says what else is wrong
+                found = None
+            if found is not None:
+                self.run_state.expected.add(self._signature())
+                return found
+        return self._probed(self.x, family)
+
+    def _probed(self, x: Tensor, family: str, alone: bool = False) -> Layout:
+        """The layout of a latent: the first sample's row runs beside one with other noise; what comes out is thrown away.
+
+        alone: without the wrappers of others, which may keep what they see for the next step.
+        """
+        x = x[:1]
         other = seeded_noise(tuple(x.shape[1:]), 1).to(x) * self.t.flatten()[0].clamp_min(1.0)
-        probe = Probe(rows, self.previous)
-        both = list(range(rows))
-        conditions = {name: _first_rows(value, self.rows, rows) for name, value in self.conditions.items()}
+        probe = Probe(1, self.previous)
+        sides = self.x.shape[-2:], x.shape[-2:]
+        conditions = {name: _cropped(_first_rows(value, self.rows, 1), *sides) for name, value in self.conditions.items()}
         options = {
             **self.options, SLOT: probe, "cond_or_uncond": self.chunks[:1] * 2, "uuids": list(self.options.get("uuids") or [])[:1] * 2,
         }
+        execute = self.executor
+        if alone:
+            execute = self.executor.original
+            options["wrappers"] = {}
         self._execute(
-            torch.cat([x, other.expand_as(x)]), lengthen(self.t[:rows], rows, both),
-            {name: lengthen(value, rows, both) for name, value in conditions.items()}, None, options,
+            torch.cat([x, other]), lengthen(self.t[:1], 1, [0]), {name: lengthen(value, 1, [0]) for name, value in conditions.items()},
+            None, options, execute,
         )
         layout = probe.layout
         if not layout.numbers:
@@ -205,9 +240,11 @@ class _Forward:
         self.run_state.tell("%s has %d attention layers about the picture.", family, len(layout.numbers))
         return layout
 
-    def _execute(self, x: Tensor, t: Tensor, conditions: dict, control: Any, options: dict) -> Tensor:
+    def _execute(
+        self, x: Tensor, t: Tensor, conditions: dict, control: Any, options: dict, execute: Callable[..., Tensor] | None = None
+    ) -> Tensor:
         conditions = dict(conditions)
-        return self.executor(x, t, conditions.pop("c_concat"), conditions.pop("c_crossattn"), control, options, **conditions)
+        return (execute or self.executor)(x, t, conditions.pop("c_concat"), conditions.pop("c_crossattn"), control, options, **conditions)
 
     def _signature(self) -> tuple:
         """What the layout depends on: the latent's size and the sizes of all conditions."""
@@ -290,3 +327,10 @@ def _shapes(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_shapes(part) for part in value)
     return None
+
+
+def _cropped(value: Any, sides: tuple[int, ...], wanted: tuple[int, ...]) -> Any:
+    """A condition that lies over a picture of `sides` (H, W), as a mask or a second latent does, cut to its first `wanted`."""
+    if isinstance(value, torch.Tensor) and value.ndim > 3 and value.shape[-2:] == sides:
+        return value[..., : wanted[0], : wanted[1]]
+    return value
