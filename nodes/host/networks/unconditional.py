@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import comfy.latent_formats
 import comfy.model_base
@@ -40,9 +40,9 @@ class UnconditionalConfig(comfy.supported_models_base.BASE):
 
 
 class UnconditionalModel(comfy.model_base.BaseModel):
-    """A BaseModel around a diffusers U-Net. It reads no conditioning; whatever is connected changes nothing."""
+    """A BaseModel around a pixel-space U-Net. It reads no conditioning; whatever is connected changes nothing."""
 
-    def __init__(self, config: UnconditionalConfig, network: UnconditionalUNet, sampling: torch.nn.Module):
+    def __init__(self, config: UnconditionalConfig, network: torch.nn.Module, sampling: torch.nn.Module):
         super().__init__(config, comfy.model_base.ModelType.EPS)
         self.diffusion_model = network
         self.model_sampling = sampling
@@ -55,7 +55,7 @@ class UnconditionalModel(comfy.model_base.BaseModel):
 def list_folders() -> list[str]:
     """Names, relative to ComfyUI's `diffusers` folders, of the folders that hold a UNet2DModel's config.json."""
     names = set()
-    for root in _roots():
+    for root in roots():
         for pattern in ("*/config.json", "*/unet/config.json", "*/*/config.json", "*/*/unet/config.json"):
             for config in root.glob(pattern):
                 folder = config.parent.parent if config.parent.name == "unet" else config.parent
@@ -66,13 +66,13 @@ def list_folders() -> list[str]:
 
 def find_folder(name: str) -> Path:
     """The folder called `name` inside ComfyUI's `diffusers` folders. Raises ValueError when it lies elsewhere."""
-    for root in _roots():
+    for root in roots():
         folder = root / name
         if folder.is_dir() and folder != root and root.resolve() in folder.resolve().parents:
             return folder
     known = ", ".join(list_folders()) or "none"
     raise ValueError(
-        f'folder: no "{name}" in {", ".join(map(str, _roots()))} (found: {known}). '
+        f'folder: no "{name}" in {", ".join(map(str, roots()))} (found: {known}). '
         "Put the downloaded model's folder there: config.json, the .safetensors and scheduler_config.json."
     )
 
@@ -85,24 +85,37 @@ def load_unconditional(name: str, weight_dtype: str = "default", clip_denoised: 
     an inversion cannot be undone with it. Raises ValueError for folders that are not such a model.
     """
     folder = find_folder(name)
-    dtype = DTYPES[weight_dtype] or _default_dtype()
+    dtype = choose_dtype(weight_dtype)
     network = _load_network(folder, dtype)
     sampling = make_sampling(_read_json(_scheduler_path(folder), "scheduler_config.json"), clip_denoised)
 
+    def wrap(operations: Any) -> UnconditionalUNet:
+        return UnconditionalUNet(with_core_operations(network, operations), dtype)
+
+    reload = _load_patcher, (name, weight_dtype, clip_denoised)
+    return assemble(wrap, dtype, sampling, network.config.block_out_channels[0], reload)
+
+
+def assemble(
+    wrap: Callable[[Any], torch.nn.Module], dtype: torch.dtype, sampling: torch.nn.Module, width: int, reload: tuple
+) -> tuple:
+    """(MODEL, VAE, CONDITIONING) of a pixel-space network.
+
+    wrap: takes comfy.ops operations, gives the diffusion_model; width: channels on the image's own grid;
+    reload: (function, arguments) that make the MODEL again.
+    """
     device = comfy.model_management.get_torch_device()
     cast = comfy.model_management.unet_manual_cast(dtype, device)
-    operations = comfy.ops.pick_operations(dtype, cast)
-
     config = UnconditionalConfig({})
     config.set_inference_dtype(dtype, cast)
     # Relative to SD1.x: its widest level has 320 channels for each latent cell.
-    config.memory_usage_factor = network.config.block_out_channels[0] / 320
-    model = UnconditionalModel(config, UnconditionalUNet(with_core_operations(network, operations), dtype), sampling)
+    config.memory_usage_factor = width / 320
+    model = UnconditionalModel(config, wrap(comfy.ops.pick_operations(dtype, cast)), sampling)
     model.eval().requires_grad_(False)
     patcher = comfy.model_patcher.ModelPatcher(
         model, load_device=device, offload_device=comfy.model_management.unet_offload_device()
     )
-    patcher.cached_patcher_init = (_load_patcher, (name, weight_dtype, clip_denoised))
+    patcher.cached_patcher_init = reload
     # Single precision: half would quantise the pixels.
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=torch.float32)
     return patcher, vae, [[None, {}]]
@@ -129,9 +142,15 @@ def make_sampling(config: dict, clip_denoised: bool = False) -> torch.nn.Module:
             f"({', '.join(SCHEDULERS)}) with {', '.join(parametrisations)}."
         )
     schedule = DDPMScheduler.from_config({key: value for key, value in config.items() if key != "_class_name"})
-    limit = schedule.config.clip_sample_range if clip_denoised else None
+    return discrete_sampling(
+        schedule.alphas_cumprod, parametrisations[prediction], schedule.config.clip_sample_range if clip_denoised else None
+    )
 
-    class UnconditionalSampling(comfy.model_sampling.ModelSamplingDiscrete, parametrisations[prediction]):
+
+def discrete_sampling(alphas: torch.Tensor, parametrisation: type, limit: float | None = None) -> torch.nn.Module:
+    """ComfyUI's model_sampling of a schedule's alpha_bar, (T); predicted images are clamped to +-limit where one is given."""
+
+    class UnconditionalSampling(comfy.model_sampling.ModelSamplingDiscrete, parametrisation):
         def calculate_denoised(self, sigma, model_output, model_input):
             denoised = super().calculate_denoised(sigma, model_output, model_input)
             return denoised if limit is None else denoised.clamp(-limit, limit)
@@ -140,7 +159,7 @@ def make_sampling(config: dict, clip_denoised: bool = False) -> torch.nn.Module:
             return super().percent_to_sigma(1 - (1 - percent) * (self.num_timesteps - 1) / 999)
 
     sampling = UnconditionalSampling()
-    alphas = schedule.alphas_cumprod.double()
+    alphas = alphas.double()
     sampling.set_sigmas(((1 - alphas) / alphas).sqrt().clamp(max=WIDEST_SIGMA))
     sampling.num_timesteps = len(alphas)
     return sampling
@@ -228,10 +247,12 @@ def _read_text(path: Path) -> str:
         return ""
 
 
-def _default_dtype() -> torch.dtype:
+def choose_dtype(weight_dtype: str) -> torch.dtype:
+    if DTYPES[weight_dtype] is not None:
+        return DTYPES[weight_dtype]
     dtype = comfy.model_management.unet_dtype(supported_dtypes=[torch.float32])
     return dtype if dtype in DTYPES.values() else torch.float32
 
 
-def _roots() -> list[Path]:
+def roots() -> list[Path]:
     return [Path(path) for path in folder_paths.get_folder_paths("diffusers")]

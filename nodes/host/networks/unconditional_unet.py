@@ -9,6 +9,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
+from .unconditional_flat import FlatUNet
 from .unet import UNet
 
 
@@ -82,17 +83,21 @@ class UnconditionalUNet(nn.Module):
 def adapt_unconditional(model: ModelPatcher) -> UNet | None:
     """The adapter of an unconditional network, of which only h_space can be captured; None for other networks."""
     network = model.model.diffusion_model
-    if not isinstance(network, UnconditionalUNet):
+    if isinstance(network, FlatUNet):
+        levels, blocks, h_channels = network.layout.levels, len(network.inputs), network.h_channels
+    elif isinstance(network, UnconditionalUNet):
+        levels = len(network.network.down_blocks)
+        blocks, h_channels = levels + 1, network.network.config.block_out_channels[-1]
+    else:
         return None
-    levels = len(network.network.down_blocks)
     return UNet(
         model=model.model,
         family="Unconditional DDPM",
         attention={},
         residual={},
         scale={("middle", 0): levels - 1},
-        counts={"input": levels + 1, "middle": 1, "output": levels},
-        h_channels=network.network.config.block_out_channels[-1],
+        counts={"input": blocks, "middle": 1, "output": blocks if isinstance(network, FlatUNet) else levels},
+        h_channels=h_channels,
         context_dim=None,
     )
 
