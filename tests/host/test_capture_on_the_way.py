@@ -119,7 +119,7 @@ def test_a_network_without_known_features_inverts_and_only_the_features_output_s
     model.model.diffusion_model = network
     model.set_model_unet_function_wrapper(lambda apply_model, args: 0.5 * args["input"])
     settings = dict(model=model, latent={"samples": random_latent()}, sigmas=schedule(model, 2), positive=[[torch.zeros(1, 7, 32), {}]])
-    _, trajectory, _, features = DDIMInversion.execute(**settings).result
+    _, trajectory, _, features, *_ = DDIMInversion.execute(**settings).result
     assert trajectory.steps == 2 and isinstance(features, ExecutionBlocker) and "features:" in features.message
     with pytest.raises(ValueError):
         DDIMInversion.execute(**settings, memory="ram")

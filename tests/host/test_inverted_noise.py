@@ -79,7 +79,7 @@ SHAPES = [(2, 4, 6, 10), (2, 4, 3, 6, 10)]
 def test_noise_takes_cores_sampler_back_to_the_clean_latent(models, positive, shape, prediction, latent_image):
     model, latent = models[prediction], {"samples": clean(shape)}
     sigmas = schedule(model, 30, "simple")
-    _, trajectory, noise, _ = DDIMInversion.execute(model, latent, sigmas, positive, "fixed_point", 40, tolerance=0.0).result
+    _, trajectory, noise, *_ = DDIMInversion.execute(model, latent, sigmas, positive, "fixed_point", 40, tolerance=0.0).result
     assert trajectory.latents.shape == (31, *shape)
     start = {"samples": torch.zeros(shape)} if latent_image == "empty" else latent
     back = advanced(model, positive, noise, sigmas, start)["samples"]
@@ -149,7 +149,7 @@ def test_the_midpoint_sampler_asks_once_a_step_and_stops_on_cancel(models, posit
 def test_split_schedules_go_on_from_there(models, positive, prediction):
     model, latent = models[prediction], {"samples": clean((1, 4, 6, 10))}
     sigmas = schedule(model, 20, "simple")
-    _, _, noise, _ = DDIMInversion.execute(model, latent, sigmas, positive, "fixed_point", 40, tolerance=0.0).result
+    _, _, noise, *_ = DDIMInversion.execute(model, latent, sigmas, positive, "fixed_point", 40, tolerance=0.0).result
     high, low = SplitSigmas.execute(sigmas, 8).result
     halfway = advanced(model, positive, noise, high, {"samples": torch.zeros(1, 4, 6, 10)})
     back = advanced(model, positive, DisableNoise.execute().result[0], low, halfway)["samples"]
@@ -160,7 +160,7 @@ def test_the_latent_of_a_flow_model_is_refused_where_the_sampler_would_erase_it(
     """The defect: sampling gives 1e-7 of the content without a word."""
     model, latent = models["flow"], {"samples": clean((1, 4, 6, 10))}
     sigmas = schedule(model, 10, "simple")
-    blocked, _, noise, _ = DDIMInversion.execute(model, latent, sigmas, positive).result
+    blocked, _, noise, *_ = DDIMInversion.execute(model, latent, sigmas, positive).result
     assert isinstance(blocked, ExecutionBlocker) and "NOISE" in blocked.message and "SamplerCustomAdvanced" in blocked.message
     erased = {"samples": noise.as_latent()}
     blank = SamplerCustom.execute(model, False, 0, 1.0, positive, positive, KSamplerSelect.execute("euler").result[0], sigmas, erased)
@@ -186,7 +186,7 @@ def test_the_report_shows_what_cores_sampler_gives(models, positive, prediction)
 
     model, latent = models[prediction], {"samples": clean((1, 4, 2, 6, 10))}
     sigmas = schedule(model, 5, "simple")
-    _, trajectory, noise, _ = DDIMInversion.execute(model, latent, sigmas, positive, "next").result
+    _, trajectory, noise, *_ = DDIMInversion.execute(model, latent, sigmas, positive, "next").result
     sampled = advanced(model, positive, noise, sigmas, {"samples": torch.zeros(1, 4, 2, 6, 10)})["samples"]
     assert torch.equal(reconstruct(model, trajectory), sampled)
     image = InversionReport.execute(model, trajectory, Decoder()).result[0]
@@ -198,7 +198,7 @@ def test_a_four_dimensional_latent_of_a_video_model_gets_its_frames():
     model = mixture("flow", channels=16, latent_format=comfy.latent_formats.Wan21())
     latent, sigmas = {"samples": torch.randn(1, 16, 6, 4, generator=torch.Generator().manual_seed(0))}, schedule(model, 20, "simple")
     positive = tiny_cond(model)
-    _, trajectory, noise, _ = DDIMInversion.execute(model, latent, sigmas, positive, "fixed_point", 40, tolerance=0.0).result
+    _, trajectory, noise, *_ = DDIMInversion.execute(model, latent, sigmas, positive, "fixed_point", 40, tolerance=0.0).result
     assert trajectory.latents.shape == (21, 1, 16, 1, 6, 4)
     back = advanced(model, positive, noise, sigmas, {"samples": torch.zeros(1, 16, 6, 4)})["samples"]
     assert relative(back[:, :, 0], latent["samples"]) < 1e-5
@@ -309,7 +309,7 @@ def test_samplers_of_real_families_start_at_the_inverted_latent(name):
 
     model.set_model_unet_function_wrapper(wrapper)
     sigmas = schedule(model, 2, "simple")
-    _, trajectory, noise, _ = DDIMInversion.execute(model, latent, sigmas, cond, "next").result
+    _, trajectory, noise, *_ = DDIMInversion.execute(model, latent, sigmas, cond, "next").result
     assert torch.isfinite(trajectory.latents).all()
     for image in (latent["samples"], torch.zeros_like(latent["samples"])):
         starts.clear()
