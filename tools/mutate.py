@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Makes small mistakes in a copy of nodes/algorithms and nodes/host, one at a time, and asks whether the tests notice.
 
-    python tools/mutate.py --sample 60 --seed 0           about half an hour on one core
+    python tools/mutate.py --sample 60 --seed 0
     python tools/mutate.py --sample 20 nodes/host/fastsam
 
-For each mistake run the test files that import the changed module (or, where none does, those that import a module
-that imports it). Prints a table, the diff of every survivor and the share that was caught. The checkout stays as it is.
+First every test is run once, to learn which lines it executes (profile_tests.py; a quarter of an hour on one core, kept
+in .environment/ until a file changes). Then, for each mistake, the tests that execute its line: those of files that
+import the module first, the fastest first, until one fails. Prints a table, the diff of every survivor and the share
+that was caught. The checkout stays as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import os
+import hashlib
+import json
 import random
 import re
 import shutil
@@ -30,7 +33,7 @@ from host import environment
 ROOT = environment.ROOT
 FOLDERS = ("nodes/algorithms", "nodes/host")
 TEST_FOLDERS = ("algorithms", "host", "nodes")
-MOST_FILES = 6  # test files for one module; those that name it most often come first
+MOST_TESTS, MOST_SECONDS = 200, 90  # of tests for one mistake
 COMPARISONS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
                ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in"}
 ARITHMETIC = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*", ast.Pow: "*"}
@@ -46,6 +49,7 @@ class Mutation:
     begin: int
     end: int
     text: str
+    statement: tuple[int, int] = (0, 0)  # first and last line of what it is part of, without the body of an if or a loop
 
     def apply(self, source: bytes) -> bytes:
         return source[: self.begin] + self.text.encode() + source[self.end :]
@@ -57,11 +61,15 @@ class _Finder(ast.NodeVisitor):
     def __init__(self, path: Path, source: bytes):
         self.path, self.source = path, source
         self.found: list[Mutation] = []
+        self._statement = (0, 0)
         self._starts = [0]
         for line in source.splitlines(keepends=True):
             self._starts.append(self._starts[-1] + len(line))
 
     def visit(self, node: ast.AST) -> None:
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)
+            self._statement = node.lineno, max(node.lineno, body[0].lineno - 1) if body else node.end_lineno
         if isinstance(node, (ast.Raise, ast.Import, ast.ImportFrom, ast.JoinedStr, ast.Assert)):
             return
         if isinstance(node, ast.Expr) and (isinstance(node.value, ast.Constant) or self._is_log(node.value)):
@@ -114,7 +122,7 @@ class _Finder(ast.NodeVisitor):
         return self.source[begin:end].decode()
 
     def _add(self, node: ast.AST, text: str, kind: str) -> None:
-        self.found.append(Mutation(self.path, node.lineno, kind, *self._span(node), text))
+        self.found.append(Mutation(self.path, node.lineno, kind, *self._span(node), text, self._statement))
 
     def _between(self, node: ast.AST, left: ast.AST, right: ast.AST, word: str, kind: str) -> None:
         """Replaces the operator between two operands, keeping brackets and line breaks around it."""
@@ -123,7 +131,7 @@ class _Finder(ast.NodeVisitor):
         operator = re.search(r"not\s+in|is\s+not|is|in|and|or|//|\*\*|[<>=!]=|[-+*/%<>]", gap)
         if operator:
             offset = begin + len(gap[: operator.start()].encode())
-            self.found.append(Mutation(self.path, node.lineno, kind, offset, offset + len(operator[0]), word))
+            self.found.append(Mutation(self.path, node.lineno, kind, offset, offset + len(operator[0]), word, self._statement))
 
 
 def find_mutations(path: Path, source: bytes) -> list[Mutation]:
@@ -141,26 +149,40 @@ def find_mutations(path: Path, source: bytes) -> list[Mutation]:
     return kept
 
 
-def tests_of(path: Path, root: Path = ROOT) -> list[Path]:
-    """Test files of a module, relative to the repository."""
-    direct = _importers(path, root)
-    if not direct:
-        for other in sorted((root / "nodes").rglob("*.py")):
-            if re.search(rf"from \.+[\w.]*\b{path.stem} import|import {path.stem}\b", other.read_text()):
-                direct += _importers(other.relative_to(root), root)
-    return list(dict.fromkeys(direct))[:MOST_FILES]
-
-
 @lru_cache(maxsize=None)
-def _importers(path: Path, root: Path) -> list[Path]:
+def importers(path: Path, root: Path = ROOT) -> frozenset[str]:
+    """Test files, relative to tests/, that import a module."""
     dotted, (package, name) = ".".join(path.with_suffix("").parts), (".".join(path.parts[:-1]), path.stem)
     pattern = rf"{re.escape(dotted)}\b|{re.escape(package)} import [^\n]*\b{name}\b"
-    counted = []
-    for folder in TEST_FOLDERS:
-        for file in sorted((root / "tests" / folder).glob("test_*.py")):
-            if re.search(pattern, file.read_text()):
-                counted.append((-len(re.findall(rf"\b{name}\b", file.read_text())), file.relative_to(root)))
-    return [file for _, file in sorted(counted)]
+    files = [file for folder in TEST_FOLDERS for file in (root / "tests" / folder).glob("test_*.py")]
+    return frozenset(file.relative_to(root / "tests").as_posix() for file in files if re.search(pattern, file.read_text()))
+
+
+class Profile:
+    """Which tests execute a line, and how long each takes."""
+
+    def __init__(self, content: dict):
+        self.seconds: dict[str, float] = content["tests"]
+        self._names = list(self.seconds)
+        self._lines: dict[str, dict[str, list[int]]] = content["lines"]
+
+    def tests(self, mutation: Mutation, root: Path = ROOT) -> list[str]:
+        """Ids of the tests to ask, in the order to ask them; of lines that only importing executes, the module's tests."""
+        lines = self._lines.get(mutation.path.as_posix(), {})
+        first, last = mutation.statement
+        executed = [lines[str(line)] for line in range(first, last + 1) if str(line) in lines]
+        numbers = {number for found in executed for number in found}
+        if executed and not numbers:
+            numbers = {number for found in lines.values() for number in found}
+        own = importers(mutation.path, root)
+        names = sorted((self._names[number] for number in numbers), key=lambda name: (name.split("::")[0] not in own, self.seconds[name]))
+        chosen, total = [], 0.0
+        for name in names[:MOST_TESTS]:
+            total += self.seconds[name]
+            if chosen and total > MOST_SECONDS:
+                break
+            chosen.append(name)
+        return chosen
 
 
 class Copy:
@@ -168,42 +190,70 @@ class Copy:
 
     def __init__(self, folder: Path, host: environment.Host):
         self.root, self.host = folder, host
+        self._digest = hashlib.sha256()
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
-        for name in filter(None, listed):
+        for name in sorted(filter(None, listed)):
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, folder / name)
+                if name.startswith(("nodes/", "tests/")) and name.endswith(".py"):
+                    self._digest.update(name.encode() + (ROOT / name).read_bytes())
+        self._right: dict[str, bool] = {}
 
-    def run(self, files: list[Path], limit: float) -> str:
-        """passed, failed or timeout of pytest on these files."""
-        command = [str(self.host.python), "-m", "pytest", "-c", "tests/pytest.ini", "-q", "-x", "-p", "no:cacheprovider",
-                   "-m", "not slow", *map(str, files)]
-        variables = {**self.host.variables(), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    def profile(self) -> Profile:
+        """Measured on the right code, once for the files as they are."""
+        kept = environment.HOME / "mutations" / f"{self._digest.hexdigest()[:16]}.json"
+        if not kept.is_file():
+            print("running every test to see what it executes", flush=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            made = self.root / "profile.json"
+            command = [str(self.host.python), "tools/profile_tests.py", str(made), "-c", "tests/pytest.ini", "-q", "-p", "no:cacheprovider",
+                       "-m", "not slow", *(f"tests/{folder}" for folder in TEST_FOLDERS)]
+            done = subprocess.run(command, cwd=self.root, env=self._variables(), capture_output=True, text=True)
+            if not made.is_file():
+                raise environment.SetupError(f"no test was run (is coverage installed?):\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            print(done.stdout.rstrip().splitlines()[-1], flush=True)
+            shutil.move(made, kept)
+        return Profile(json.loads(kept.read_text()))
+
+    def run(self, tests: list[str], limit: float) -> str:
+        """ "" when they pass, else the id of the first test that failed, or "timeout", or pytest's last line."""
+        command = [str(self.host.python), "-m", "pytest", "-c", "tests/pytest.ini", "-q", "-x", "-p", "no:cacheprovider", "-rfE",
+                   *(f"tests/{test}" for test in tests)]
         try:
-            done = subprocess.run(command, cwd=self.root, env=variables, capture_output=True, timeout=limit)
+            done = subprocess.run(command, cwd=self.root, env=self._variables(), capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
             return "timeout"
-        return "failed" if done.returncode else "passed"
+        if not done.returncode:
+            return ""
+        found = re.search(r"^(?:FAILED|ERROR) tests/(\S+::.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+        return found[1] if found else (done.stdout.rstrip().splitlines() or ["nothing was said"])[-1]
+
+    def passes(self, test: str, limit: float) -> bool:
+        """Whether a test passes alone on the right code."""
+        if test not in self._right:
+            self._right[test] = not self.run([test], limit)
+        return self._right[test]
+
+    def _variables(self) -> dict[str, str]:
+        return {**self.host.variables(), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def examine(copy: Copy, mutation: Mutation, limits: dict[tuple, float | None], most: float) -> str:
-    """caught, survived, or why it cannot be told. limits: seconds for each set of test files, measured on the right code."""
-    files = tuple(tests_of(mutation.path))
-    if not files:
-        return "no tests"
-    if files not in limits:
-        started = time.monotonic()
-        passed = copy.run(list(files), most) == "passed"
-        limits[files] = 5 * (time.monotonic() - started) + 30 if passed else None
-    if limits[files] is None:
-        return "tests fail without it"
+def examine(copy: Copy, mutation: Mutation, profile: Profile, most: float) -> tuple[str, str]:
+    """(caught, survived, or why it cannot be told; the test that failed). most: seconds for all of its tests."""
+    tests = profile.tests(mutation)
+    if not tests:
+        return "no tests", ""
     target = copy.root / mutation.path
     source = target.read_bytes()
     try:
         target.write_bytes(mutation.apply(source))
-        return "survived" if copy.run(list(files), min(limits[files], most)) == "passed" else "caught"
+        failed = copy.run(tests, min(most, 60 + 10 * sum(profile.seconds[test] for test in tests)))
     finally:
         target.write_bytes(source)
+    if failed in profile.seconds and not copy.passes(failed, most):
+        return "fails without it", failed
+    return "caught" if failed else "survived", failed
 
 
 def diff_of(mutation: Mutation) -> str:
@@ -229,12 +279,18 @@ def main(arguments: list[str]) -> int:
     chosen = random.Random(options.seed).sample(everything, min(options.sample, len(everything)))
     print(f"{len(chosen)} of {len(everything)} mistakes, seed {options.seed}", flush=True)
     results: dict[Mutation, str] = {}
-    limits: dict[tuple, float | None] = {}
     with tempfile.TemporaryDirectory(prefix="pastiche-mutate-") as folder:
         copy = Copy(Path(folder), host)
+        try:
+            profile = copy.profile()
+        except environment.SetupError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         for mutation in sorted(chosen, key=lambda one: (str(one.path), one.begin)):
-            results[mutation] = examine(copy, mutation, limits, options.time_limit)
-            print(f"{results[mutation]:<22} {mutation.kind:<11} {mutation.path}:{mutation.line}", flush=True)
+            started = time.monotonic()
+            results[mutation], failed = examine(copy, mutation, profile, options.time_limit)
+            print(f"{results[mutation]:<17} {mutation.kind:<11} {mutation.path}:{mutation.line} "
+                  f"{time.monotonic() - started:4.0f} s  {failed}", flush=True)
     for mutation, result in results.items():
         if result in ("survived", "no tests"):
             print(f"\n{result}: {mutation.kind}\n{diff_of(mutation)}", end="")
