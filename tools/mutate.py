@@ -4,10 +4,10 @@
     python tools/mutate.py --sample 60 --seed 0
     python tools/mutate.py --sample 20 nodes/host/fastsam
 
-First every test is run once, to learn which lines it executes (profile_tests.py; a quarter of an hour on one core, kept
-in .environment/ until a file changes). Then, for each mistake, the tests that execute its line: those of files that
-import the module first, the fastest first, until one fails. Prints a table, the diff of every survivor and the share
-that was caught. The checkout stays as it is.
+First every test is run once, to learn which lines it executes (profile_tests.py; some ten minutes on one core, kept in
+.environment/ while nodes/ stays as it is; changed test files run again). Then, for each mistake, the tests that execute
+its line: those of files that import the module first, the fastest first, until one fails. Prints a table, the diff of
+every survivor and the share that was caught. The checkout stays as it is.
 """
 
 from __future__ import annotations
@@ -161,21 +161,28 @@ def importers(path: Path, root: Path = ROOT) -> frozenset[str]:
 class Profile:
     """Which tests execute a line, and how long each takes."""
 
-    def __init__(self, content: dict):
-        self.seconds: dict[str, float] = content["tests"]
-        self._names = list(self.seconds)
-        self._lines: dict[str, dict[str, list[int]]] = content["lines"]
+    def __init__(self, files: dict[str, dict]):
+        self.seconds: dict[str, float] = {test: seconds for file in files.values() for test, seconds in file["tests"].items()}
+        self._files = [(list(file["tests"]), file["lines"]) for file in files.values()]
+
+    def _executed(self, path: Path) -> dict[int, set[str]]:
+        """By line of a file: the tests that execute it, none for lines that only importing does."""
+        found: dict[int, set[str]] = {}
+        for names, lines in self._files:
+            for line, numbers in lines.get(path.as_posix(), {}).items():
+                found.setdefault(int(line), set()).update(names[number] for number in numbers)
+        return found
 
     def tests(self, mutation: Mutation, root: Path = ROOT) -> list[str]:
         """Ids of the tests to ask, in the order to ask them; of lines that only importing executes, the module's tests."""
-        lines = self._lines.get(mutation.path.as_posix(), {})
+        lines = self._executed(mutation.path)
         first, last = mutation.statement
-        executed = [lines[str(line)] for line in range(first, last + 1) if str(line) in lines]
-        numbers = {number for found in executed for number in found}
-        if executed and not numbers:
-            numbers = {number for found in lines.values() for number in found}
+        executed = [lines[line] for line in range(first, last + 1) if line in lines]
+        found = set().union(*executed)
+        if executed and not found:
+            found = set().union(*lines.values())
         own = importers(mutation.path, root)
-        names = sorted((self._names[number] for number in numbers), key=lambda name: (name.split("::")[0] not in own, self.seconds[name]))
+        names = sorted(found, key=lambda name: (name.split("::")[0] not in own, self.seconds[name], name))
         chosen, total = [], 0.0
         for name in names[:MOST_TESTS]:
             total += self.seconds[name]
@@ -190,31 +197,46 @@ class Copy:
 
     def __init__(self, folder: Path, host: environment.Host):
         self.root, self.host = folder, host
-        self._digest = hashlib.sha256()
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
         for name in sorted(filter(None, listed)):
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, folder / name)
-                if name.startswith(("nodes/", "tests/")) and name.endswith(".py"):
-                    self._digest.update(name.encode() + (ROOT / name).read_bytes())
+        self._files = [name for name in listed if name.endswith(".py") and (folder / name).is_file()]
         self._right: dict[str, bool] = {}
 
+    def _digest(self, *beginnings: str) -> str:
+        found = hashlib.sha256()
+        for name in sorted(name for name in self._files if name.startswith(beginnings)):
+            found.update(name.encode() + (self.root / name).read_bytes())
+        return found.hexdigest()
+
     def profile(self) -> Profile:
-        """Measured on the right code, once for the files as they are."""
-        kept = environment.HOME / "mutations" / f"{self._digest.hexdigest()[:16]}.json"
-        if not kept.is_file():
-            print("running every test to see what it executes", flush=True)
-            kept.parent.mkdir(parents=True, exist_ok=True)
+        """Measured on the right code, once for the files as they are. Raises SetupError where no test runs."""
+        kept = environment.HOME / "mutations.json"
+        code = self._digest("nodes/", "tests/support/", "tests/conftest.py")
+        folders = tuple(f"tests/{folder}/test_" for folder in TEST_FOLDERS)
+        tests = {name.removeprefix("tests/"): self._digest(name) for name in self._files if name.startswith(folders)}
+        known = json.loads(kept.read_text()) if kept.is_file() else {}
+        known = known["files"] if known.get("code") == code else {}
+        known = {name: file for name, file in known.items() if file["digest"] == tests.get(name)}
+        missing = [name for name in tests if name not in known]
+        if missing:
+            print(f"running {len(missing)} test files to see what they execute", flush=True)
             made = self.root / "profile.json"
-            command = [str(self.host.python), "tools/profile_tests.py", str(made), "-c", "tests/pytest.ini", "-q", "-p", "no:cacheprovider",
-                       "-m", "not slow", *(f"tests/{folder}" for folder in TEST_FOLDERS)]
+            command = [str(self.host.python), "tools/profile_tests.py", str(made), "-c", "tests/pytest.ini", "-q",
+                       "-p", "no:cacheprovider", "-m", "not slow", *(f"tests/{name}" for name in missing)]
             done = subprocess.run(command, cwd=self.root, env=self._variables(), capture_output=True, text=True)
             if not made.is_file():
                 raise environment.SetupError(f"no test was run (is coverage installed?):\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
             print(done.stdout.rstrip().splitlines()[-1], flush=True)
-            shutil.move(made, kept)
-        return Profile(json.loads(kept.read_text()))
+            measured = json.loads(made.read_text())
+            known |= {name: {"digest": tests[name], **measured.get(name, {"tests": {}, "lines": {}})} for name in missing}
+            kept.parent.mkdir(exist_ok=True)
+            partial = kept.with_suffix(".partial")
+            partial.write_text(json.dumps({"code": code, "files": known}))
+            partial.replace(kept)
+        return Profile(known)
 
     def run(self, tests: list[str], limit: float) -> str:
         """ "" when they pass, else the id of the first test that failed, or "timeout", or pytest's last line."""
@@ -274,7 +296,8 @@ def main(arguments: list[str]) -> int:
     except environment.SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    files = [file for path in options.paths for file in ([ROOT / path] if path.endswith(".py") else sorted((ROOT / path).rglob("*.py")))]
+    paths = [ROOT / path for path in options.paths]
+    files = [file for path in paths for file in ([path] if path.suffix else sorted(path.rglob("*.py")))]
     everything = [mutation for file in files for mutation in find_mutations(file.relative_to(ROOT), file.read_bytes())]
     chosen = random.Random(options.seed).sample(everything, min(options.sample, len(everything)))
     print(f"{len(chosen)} of {len(everything)} mistakes, seed {options.seed}", flush=True)

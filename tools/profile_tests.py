@@ -2,8 +2,8 @@
 
     python tools/profile_tests.py profile.json -c tests/pytest.ini tests/algorithms
 
-Runs in the folder above nodes/. JSON: "tests" (seconds of every test that passed, by its id) and "lines" (by file, by
-line: numbers of the tests, in the order of "tests"; empty for lines that only importing executes).
+Runs in the folder above nodes/. JSON: for each test file "tests" (seconds of every test that passed, by its id) and
+"lines" (by file, by line: numbers of the tests, in the order of "tests"; empty for lines that only importing executes).
 """
 
 from __future__ import annotations
@@ -55,24 +55,37 @@ class Recorder:
         return f"fixture {definition.baseid} {definition.argname}"
 
 
+def by_file(seconds: dict[str, float], executed: dict[str, dict[int, set[str]]]) -> dict:
+    """What main writes, from the tests that executed each line of each file."""
+    files: dict[str, dict] = {}
+    for test in seconds:
+        files.setdefault(test.split("::")[0], {"tests": {}, "lines": {}})["tests"][test] = seconds[test]
+    for file in files.values():
+        number = {test: index for index, test in enumerate(file["tests"])}
+        for path, lines in executed.items():
+            file["lines"][path] = {line: sorted(number[test] for test in tests & number.keys()) for line, tests in lines.items()}
+    return files
+
+
 def main(out: str, arguments: list[str]) -> int:
     measured = coverage.Coverage(data_file=None, source=["nodes"], config_file=False)
     recorder = Recorder(measured)
     measured.start()
     status = pytest.main(arguments, plugins=[recorder])
     measured.stop()
-    tests = list(recorder.seconds)
-    users: dict[str, list[int]] = {}
-    for number, test in enumerate(tests):
+    users: dict[str, set[str]] = {}
+    for test in recorder.seconds:
         for context in (test, *recorder.fixtures[test]):
-            users.setdefault(context, []).append(number)
+            users.setdefault(context, set()).add(test)
     data = measured.get_data()
-    lines = {
-        os.path.relpath(file).replace(os.sep, "/"): {line: sorted({number for context in contexts for number in users.get(context, ())}) for line, contexts in found.items()}
-        for file, found in ((file, data.contexts_by_lineno(file)) for file in data.measured_files())
+    executed = {
+        os.path.relpath(file).replace(os.sep, "/"): {
+            line: set().union(*(users.get(context, ()) for context in contexts)) for line, contexts in data.contexts_by_lineno(file).items()
+        }
+        for file in data.measured_files()
     }
     with open(out, "w", encoding="utf-8") as file:
-        json.dump({"tests": recorder.seconds, "lines": lines}, file)
+        json.dump(by_file(recorder.seconds, executed), file)
     return int(status)
 
 

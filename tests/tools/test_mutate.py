@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,8 +54,32 @@ def test_every_kind_once_and_nothing_in_messages(mutate):
 def test_the_packs_own_files_have_mistakes_and_tests(mutate):
     path = Path("nodes/algorithms/slerp.py")
     assert len(mutate.find_mutations(path, (ROOT / path).read_bytes())) > 20
-    assert mutate.tests_of(path)[0] == Path("tests/algorithms/test_slerp.py")
-    assert Path("tests/host/test_fastsam.py") in mutate.tests_of(Path("nodes/host/fastsam/prompt.py"))
+    assert "algorithms/test_slerp.py" in mutate.importers(path)
+    assert "host/test_fastsam.py" in mutate.importers(Path("nodes/host/fastsam/prompt.py"))
+
+
+def test_a_mistake_knows_its_statement_without_the_body(mutate):
+    found = {one.text: one.statement for one in mutate.find_mutations(Path("a.py"), SOURCE.encode())}
+    assert found["(4 + 1)"] == found["a"] == (12, 13)
+    assert found["<="] == (9, 9) and found["(3 + 1)"] == (4, 4)
+
+
+def asked(mutate, profile, root, *statement):
+    return profile.tests(mutate.Mutation(Path("nodes/a.py"), statement[0], "constant", 0, 1, "2", statement), root)
+
+
+def test_the_modules_own_tests_come_first_then_the_fastest(mutate, tmp_path):
+    (tmp_path / "tests" / "host").mkdir(parents=True)
+    (tmp_path / "tests" / "host" / "test_a.py").write_text("from pastiche.nodes import a\n")
+    one, two, three, four = (f"host/test_{name}" for name in ("a.py::one", "a.py::two", "b.py::three", "b.py::four"))
+    own = {"tests": {one: 2.0, two: 1.0}, "lines": {"nodes/a.py": {"1": [], "3": [0], "4": [0, 1]}}}
+    other = {"tests": {three: 0.1, four: 100.0}, "lines": {"nodes/a.py": {"1": [], "4": [0, 1]}}}
+    profile = mutate.Profile({"host/test_a.py": own, "host/test_b.py": other})
+    assert asked(mutate, profile, tmp_path, 3, 3) == [one]
+    # both lines of the statement; four would take too long
+    assert asked(mutate, profile, tmp_path, 3, 4) == [two, one, three]
+    assert asked(mutate, profile, tmp_path, 1, 1) == [two, one, three]  # importing executes it: all of the module's
+    assert asked(mutate, profile, tmp_path, 5, 5) == []
 
 
 class Fake:
@@ -61,27 +87,67 @@ class Fake:
 
     def __init__(self, root, word):
         self.root, self.word = root, word
-        self.runs = 0
 
-    def run(self, files, limit):
-        self.runs += 1
-        return "passed" if self.word in (self.root / "nodes" / "a.py").read_text() else "failed"
+    def run(self, tests, limit):
+        return "" if self.word in (self.root / "nodes" / "a.py").read_text() else tests[-1]
+
+    def passes(self, test, limit):
+        return not self.run([test], limit)
 
 
-@pytest.mark.parametrize("word, expected", [("a < b", "caught"), ("return", "survived"), ("missing", "tests fail without it")])
-def test_a_mistake_is_judged_by_its_tests_and_taken_back(mutate, tmp_path, monkeypatch, word, expected):
-    monkeypatch.setattr(mutate, "tests_of", lambda path: [Path("tests/host/test_a.py")])
+ONE = "host/test_a.py::one"
+
+
+@pytest.mark.parametrize(
+    "word, expected", [("a < b", ("caught", ONE)), ("return", ("survived", "")), ("missing", ("fails without it", ONE))]
+)
+def test_a_mistake_is_judged_by_its_tests_and_taken_back(mutate, tmp_path, word, expected):
     (tmp_path / "nodes").mkdir()
     source = b"def f(a, b):\n    return a < b\n"
     (tmp_path / "nodes" / "a.py").write_bytes(source)
     mutation = next(one for one in mutate.find_mutations(Path("nodes/a.py"), source) if one.kind == "comparison")
-    copy, limits = Fake(tmp_path, word), {}
-    assert mutate.examine(copy, mutation, limits, 60) == expected
+    file = {"tests": {ONE: 0.1}, "lines": {"nodes/a.py": {"2": [0]}}}
+    assert mutate.examine(Fake(tmp_path, word), mutation, mutate.Profile({"host/test_a.py": file}), 60) == expected
     assert (tmp_path / "nodes" / "a.py").read_bytes() == source
-    mutate.examine(copy, mutation, limits, 60)
-    assert copy.runs == (1 if expected == "tests fail without it" else 3)  # the right code is run once
 
 
-def test_a_module_without_tests_is_said(mutate, monkeypatch):
-    monkeypatch.setattr(mutate, "tests_of", lambda path: [])
-    assert mutate.examine(None, mutate.Mutation(Path("a.py"), 1, "constant", 0, 1, "2"), {}, 60) == "no tests"
+def test_a_line_that_no_test_executes_is_said(mutate):
+    mutation = mutate.Mutation(Path("a.py"), 1, "constant", 0, 1, "2", (1, 1))
+    assert mutate.examine(None, mutation, mutate.Profile({}), 60) == ("no tests", "")
+
+
+TESTS = """
+import pytest, sys
+sys.path.insert(0, "nodes")
+import code_under_test as code
+
+@pytest.fixture(scope="module")
+def shared():
+    return code.shared()
+
+def test_one(shared):
+    code.one()
+
+def test_two(shared):
+    pass
+
+def test_fails():
+    code.one()
+    assert False
+"""
+CODE = "def one():\n    return 1\n\ndef shared():\n    return 2\n\ndef never():\n    return 3\n"
+
+
+def test_the_profile_has_every_test_that_passed_and_what_it_executed(tmp_path):
+    pytest.importorskip("coverage")
+    files = {"nodes/code_under_test.py": CODE, "tests/host/test_code.py": TESTS, "tests/pytest.ini": "[pytest]\n"}
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    command = [sys.executable, str(ROOT / "tools" / "profile_tests.py"), "out.json", "-c", "tests/pytest.ini", "tests/host"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr  # pytest's status
+    file = json.loads((tmp_path / "out.json").read_text())["host/test_code.py"]
+    assert list(file["tests"]) == ["host/test_code.py::test_one", "host/test_code.py::test_two"]
+    lines = file["lines"]["nodes/code_under_test.py"]
+    assert lines == {"1": [], "4": [], "7": [], "2": [0], "5": [0, 1]}  # what a shared fixture executes counts for all its tests
