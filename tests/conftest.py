@@ -95,6 +95,22 @@ def pytest_configure(config):
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Fixtures that tests share draw the same numbers whichever test makes them."""
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whatever ran before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 def pytest_generate_tests(metafunc):
     marker = metafunc.definition.get_closest_marker("device")
     if marker is None or ON_CPU:

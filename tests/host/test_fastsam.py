@@ -161,13 +161,17 @@ def export(path, model, size=64):
 def test_onnx_computes_what_the_checkpoint_computes(tmp_path):
     segmenters.require_ultralytics()
     model = segmenters.random_network()
+    for scores in model.model[-1].cv3:
+        torch.nn.init.constant_(scores[-1].bias, 1.0)  # an object everywhere
     weights = SegmenterWeights(0.33, 0.0625, 1024, 64, {k: v.clone() for k, v in model.state_dict().items()})
     exported = OnnxNetwork(export(tmp_path / "FastSAM-tiny.onnx", model))
     assert exported.fixed_size == (64, 64) and exported.size == 64
     picture = torch.rand(1, 3, 64, 64)
     for ours, theirs in zip(exported(picture), TorchNetwork(weights, "tiny")(picture)):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-    assert len(FastSAM("onnx", exported).segment(torch.rand(40, 90, 3))) >= 0
+    found = FastSAM("onnx", exported).segment(torch.rand(40, 90, 3))  # 28 x 64 of its 64 x 64 pixels, a prototype cell for 4
+    assert len(found) > 0 and found.span == (7.0, 16.0) and found.prototypes.shape == (32, 16, 16)
+    assert found.boxes.amin() >= 0 and bool((found.boxes.amax(0) <= torch.tensor([90, 40, 90, 40])).all())
 
 
 def test_onnx_of_something_else(tmp_path):
