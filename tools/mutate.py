@@ -220,23 +220,28 @@ class Copy:
         known = json.loads(kept.read_text()) if kept.is_file() else {}
         known = known["files"] if known.get("code") == code else {}
         known = {name: file for name, file in known.items() if file["digest"] == tests.get(name)}
-        missing = [name for name in tests if name not in known]
-        if missing:
-            print(f"running {len(missing)} test files to see what they execute", flush=True)
-            made = self.root / "profile.json"
-            command = [str(self.host.python), "tools/profile_tests.py", str(made), "-c", "tests/pytest.ini", "-q",
-                       "-p", "no:cacheprovider", "-m", "not slow", *(f"tests/{name}" for name in missing)]
-            done = subprocess.run(command, cwd=self.root, env=self._variables(), capture_output=True, text=True)
-            if not made.is_file():
-                raise environment.SetupError(f"no test was run (is coverage installed?):\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-            print(done.stdout.rstrip().splitlines()[-1], flush=True)
-            measured = json.loads(made.read_text())
-            known |= {name: {"digest": tests[name], **measured.get(name, {"tests": {}, "lines": {}})} for name in missing}
-            kept.parent.mkdir(exist_ok=True)
-            partial = kept.with_suffix(".partial")
-            partial.write_text(json.dumps({"code": code, "files": known}))
-            partial.replace(kept)
+        for folder in TEST_FOLDERS:  # kept one by one: a run that was stopped goes on where it was
+            missing = [name for name in tests if name.startswith(f"{folder}/") and name not in known]
+            if missing:
+                measured = self._measure(missing)
+                known |= {name: {"digest": tests[name], **measured.get(name, {"tests": {}, "lines": {}})} for name in missing}
+                kept.parent.mkdir(exist_ok=True)
+                partial = kept.with_suffix(".partial")
+                partial.write_text(json.dumps({"code": code, "files": known}))
+                partial.replace(kept)
         return Profile(known)
+
+    def _measure(self, files: list[str]) -> dict[str, dict]:
+        print(f"running {len(files)} test files of {files[0].split('/')[0]} to see what they execute", flush=True)
+        made = self.root / "profile.json"
+        made.unlink(missing_ok=True)
+        command = [str(self.host.python), "tools/profile_tests.py", str(made), "-c", "tests/pytest.ini", "-q", "-p", "no:cacheprovider",
+                   "-m", "not slow", *(f"tests/{name}" for name in files)]
+        done = subprocess.run(command, cwd=self.root, env=self._variables(), capture_output=True, text=True)
+        if not made.is_file():
+            raise environment.SetupError(f"no test was run (is coverage installed?):\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        print(done.stdout.rstrip().splitlines()[-1], flush=True)
+        return json.loads(made.read_text())
 
     def run(self, tests: list[str], limit: float) -> str:
         """ "" when they pass, else the id of the first test that failed, or "timeout", or pytest's last line."""
