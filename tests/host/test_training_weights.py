@@ -7,11 +7,14 @@ import functools
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sample
 import pytest
 import torch
 from support.devices import ON_CPU
 from support.training import FAMILIES, assert_same_gradients, cond_of, gradients, on_cpu, trainable
+
+from pastiche.nodes.host.training.backward import recast_in_backward
 
 FP8 = torch.float8_e4m3fn
 HALF = [
@@ -107,3 +110,34 @@ def test_float32_weights_of_a_float16_model():
         )
         cond = cond_of(model)
     assert_same_gradients(gradients(model, cond), expected)
+
+
+LAYERS = {
+    "linear": (lambda ops: ops.Linear(4, 6), (2, 5, 4)),
+    "conv1d": (lambda ops: ops.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 9)),
+    "conv2d": (lambda ops: ops.Conv2d(4, 6, 3, padding=2, dilation=2), (2, 4, 7, 6)),
+    "conv2d same": (lambda ops: ops.Conv2d(4, 6, (3, 2), padding="same"), (2, 4, 7, 6)),
+    "conv2d wrapped around": (lambda ops: ops.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 7, 6)),
+    "conv3d": (lambda ops: ops.Conv3d(4, 6, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)), (2, 4, 3, 7, 6)),
+}
+
+
+@pytest.mark.parametrize("make, shape", LAYERS.values(), ids=LAYERS)
+def test_layers_cast_again_in_backward_keep_no_weight_and_have_autograds_gradient(make, shape):
+    """Offloaded weights lie in a buffer that the next layer overwrites; here it is overwritten after each use."""
+    layer, generator = make(comfy.ops.manual_cast), torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False).copy_(torch.randn(parameter.shape, generator=generator))
+    x = torch.randn(shape, generator=generator).double().requires_grad_()
+    plain = make(torch.nn).double().requires_grad_(False)
+    plain.load_state_dict({name: tensor.double() for name, tensor in layer.state_dict().items()})
+    expected = plain(x)
+    weights = torch.randn(expected.shape, generator=generator).double()
+    used = []
+    layer.weight_function = [lambda weight: used.append(weight.clone()) or used[-1]]
+    with recast_in_backward(torch.nn.ModuleList([layer])):
+        found = layer(x)
+        used[-1].fill_(float("nan"))
+        (gradient,) = torch.autograd.grad((weights * found).sum(), x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad((weights * expected).sum(), x)[0])

@@ -74,10 +74,22 @@ class _FrozenCast(torch.autograd.Function):
         if isinstance(module, nn.Linear):
             grad_input = grad @ weight
         else:
-            geometry = module.stride, module.padding, module.dilation, module.groups
-            grad_input = nn.grad.conv2d_input(ctx.shape, weight, grad, *geometry)
+            grad_input = _conv_input_gradient(module, weight, grad, ctx.shape)
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
         return grad_input.to(ctx.dtype), None, None
+
+
+CONVOLUTIONS = {nn.Conv1d: nn.grad.conv1d_input, nn.Conv2d: nn.grad.conv2d_input, nn.Conv3d: nn.grad.conv3d_input}
+
+
+def _conv_input_gradient(module: nn.Module, weight: Tensor, grad: Tensor, shape: torch.Size) -> Tensor:
+    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        gradient = next(function for kind, function in CONVOLUTIONS.items() if isinstance(module, kind))
+        return gradient(shape, weight, grad, module.stride, module.padding, module.dilation, module.groups)
+    # Tiling nodes wrap the picture around: whatever the layer does with its border, it is linear in its input.
+    with torch.enable_grad():
+        anywhere = grad.new_zeros(shape, requires_grad=True)
+        return torch.autograd.grad(module._conv_forward(anywhere, weight, None), anywhere, grad)[0]
 
 
 @contextmanager
@@ -90,7 +102,7 @@ def recast_in_backward(network: nn.Module, everywhere: bool = False) -> Iterator
     """
     with ExitStack() as stack:
         for module in network.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and (_casts(module) or everywhere and _may_cast(module)):
+            if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and (_casts(module) or everywhere and _may_cast(module)):
                 _override_forward(stack, module, lambda forward, module: lambda x: _FrozenCast.apply(x, module, forward))
         yield
 
