@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import zipfile
 
 import numpy as np
 import pytest
@@ -116,6 +117,35 @@ def test_code_in_a_layout_does_not_reach_the_builder(tmp_path):
     segmenters.save_checkpoint(tmp_path / "a.pt", model)
     with pytest.raises(ValueError, match="not laid out as YOLOv8-seg"):
         read_checkpoint(str(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"backbone": [[-1, 1, "Conv"]]}, "does not describe a YOLOv8-seg network"),
+    ({"scales": {"s": [1.0, 2.0]}, "scale": "s"}, "does not describe a YOLOv8-seg network"),
+    ({"scales": None, "depth_multiple": "deep", "width_multiple": 1.0}, "does not describe a YOLOv8-seg network"),
+    ({"scales": {"s": ["deep", 0.5, 1024]}, "scale": "s", "head": [[-1, 1, "Segment", ["nc"]]]}, "does not describe"),
+])
+def test_an_odd_layout_is_refused_by_the_files_name(tmp_path, change, message):
+    model = segmenters.random_network()
+    model.yaml = {**model.yaml, **change}
+    segmenters.save_checkpoint(tmp_path / "odd.pt", model)
+    with pytest.raises(ValueError, match=f"^odd.pt {message}"):
+        read_checkpoint(str(tmp_path / "odd.pt"))
+
+
+@pytest.mark.parametrize("sides, expected", [([64, 96], 96), ((64, None), 64), ([], 640), ("64", 640), (None, 640)])
+def test_the_size_it_was_trained_with(tmp_path, sides, expected):
+    segmenters.save_checkpoint(tmp_path / "a.pt", segmenters.random_network(), train_args={"imgsz": sides})
+    assert read_checkpoint(str(tmp_path / "a.pt")).size == expected
+
+
+def test_a_damaged_pickle_is_told_by_the_files_name(checkpoint, tmp_path):
+    path = tmp_path / "damaged.pt"
+    with zipfile.ZipFile(checkpoint) as source, zipfile.ZipFile(path, "w") as out:
+        for entry in source.infolist():
+            out.writestr(entry.filename, b"\xff" if entry.filename.endswith("data.pkl") else source.read(entry))
+    with pytest.raises(ValueError, match="^damaged.pt cannot be read"):
+        read_checkpoint(str(path))
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.98])

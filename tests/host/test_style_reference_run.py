@@ -212,7 +212,17 @@ def test_refusals_name_the_input():
     refusal("layers: Flux has 4 attention layers about the picture, 0-3; got 7", flux, latent, None, None, family_latent("flux"), schedule(flux, 2, "simple"), layers="0-7")
 
 
-@pytest.mark.parametrize("text", ["1, x", "-1, 1", "0, 0"])
+def test_content_under_a_condition_with_an_area_is_refused():
+    """Its row would show the whole picture, shrunk, beside a part of the sample."""
+    model, sigmas, _, noise, content, _ = unet_scene()
+    area = [[context, {**extra, "area": (4, 4, 0, 0)}] for context, extra in tiny_cond(model)]
+    picture = {"samples": random_latent()}
+    sample(style_reference(model, picture, None, None, **SETTINGS), noise, sigmas, area)
+    with pytest.raises(ValueError, match="^content: a condition with an area"):
+        sample(style_reference(model, picture, None, content, **SETTINGS), noise, sigmas, area)
+
+
+@pytest.mark.parametrize("text", ["1, x", "-1, 1", "0, 0", "nan, 1", "inf, 1"])
 def test_bad_weights(text):
     with pytest.raises(ValueError, match="^weights"):
         parse_weights(text, 2)

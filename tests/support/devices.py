@@ -88,6 +88,21 @@ def _called_by_test(depth: int) -> bool:
     return frame is not None and frame.f_code.co_filename.startswith(TESTS)
 
 
+def _devices(values, found: dict) -> None:
+    """Adds the devices of all tensors in `values`, by their kind; written to be fast, as every operator comes through here."""
+    import torch
+
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            device = value.device
+            if device.type != "meta":
+                found[device.type] = device
+        elif isinstance(value, (list, tuple)):
+            _devices(value, found)
+        elif isinstance(value, dict):
+            _devices(value.values(), found)
+
+
 @contextlib.contextmanager
 def own_tensors() -> Iterator[None]:
     """Within it, operators, equations and modules that tests call themselves take CPU tensors to the device of the others."""
@@ -95,23 +110,21 @@ def own_tensors() -> Iterator[None]:
     import pytest
     import torch
     from torch.overrides import TorchFunctionMode
-    from torch.utils._pytree import tree_iter, tree_map_only
+    from torch.utils._pytree import tree_map_only
 
     def moved(values, device):
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device) if tensor.device.type == "cpu" else tensor, values)
 
-    def device_of(values) -> torch.device | None:
-        """The device where CPU tensors are mixed with it."""
-        found = {value.device for value in tree_iter(values) if isinstance(value, torch.Tensor)}
-        others = [device for device in found if device.type not in ("cpu", "meta")]
-        return others[0] if len(found) > 1 and others else None
-
     class Mixed(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
             kwargs = kwargs or {}
-            device = device_of((args, kwargs))
-            if device is not None and getattr(function, "__name__", "") != "copy_" and _called_by_test(2):
-                args, kwargs = moved((args, kwargs), device)
+            if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):  # most calls: a property, a method
+                return function(*args)
+            found: dict[str, torch.device] = {}
+            _devices(args, found)
+            _devices(kwargs.values(), found)
+            if len(found) > 1 and getattr(function, "__name__", "") != "copy_" and _called_by_test(2):
+                args, kwargs = moved((args, kwargs), next(device for kind, device in found.items() if kind != "cpu"))
             return function(*args, **kwargs)
 
     def takes_cpu_tensors(call):

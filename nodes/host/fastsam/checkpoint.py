@@ -23,7 +23,7 @@ import pickletools
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -217,7 +217,7 @@ def _examine_pt(path: str, name: str, allowed: set[str]) -> None:
         if len(pickles) != 1 or pickles[0].file_size > LARGEST_NOTES:
             raise ValueError(f"{name} is no checkpoint that PyTorch wrote. Use FastSAM-s.pt or FastSAM-x.pt.")
         notes = file.read(pickles[0])
-    for operation, argument, _ in pickletools.genops(notes):
+    for operation, argument, _ in _operations(notes, name):
         if operation.name != "GLOBAL":  # the one way to name an object that torch's reader knows
             continue
         found = argument.replace(" ", ".")
@@ -226,6 +226,13 @@ def _examine_pt(path: str, name: str, allowed: set[str]) -> None:
                 f"{name} was refused, and nothing in it was run: it names {found[:200]}, which a YOLOv8-seg checkpoint does "
                 "not need. Use FastSAM-s.pt or FastSAM-x.pt."
             )
+
+
+def _operations(notes: bytes, name: str) -> Iterator[tuple]:
+    try:
+        yield from pickletools.genops(notes)
+    except ValueError as error:  # its sentences do not name the file
+        raise ValueError(f"{name} cannot be read; it may be damaged. Download it again. ({error})") from error
 
 
 def _read_pt(path: str, name: str) -> SegmenterWeights:
@@ -260,8 +267,8 @@ def _read_pt(path: str, name: str) -> SegmenterWeights:
     depth, width, most = _scale(layout, name)
     train = content.get("train_args")
     size = train.get("imgsz", 640) if isinstance(train, dict) else 640
-    size = max(size) if isinstance(size, (list, tuple)) and size else size
-    return SegmenterWeights(*_sane(depth, width, most, size if isinstance(size, int) else 640, name), state)
+    sides = [side for side in (size if isinstance(size, (list, tuple)) else [size]) if isinstance(side, int)]
+    return SegmenterWeights(*_sane(depth, width, most, max(sides, default=640), name), state)
 
 
 def _culprit(message: str) -> str:
@@ -300,17 +307,17 @@ def _scale(layout, name: str) -> tuple[float, float, float]:
         kind = head[-1][2]
         if kind == "Segment":
             head[-1][3][0] = "nc"  # written as a number by some versions; the tensors tell the count
-        if (backbone, head) != (_BACKBONE, _HEAD) or layout.get("activation"):
-            raise ValueError(
-                f"{name} is not laid out as YOLOv8-seg (its last module is {kind}); FastSAM-s and FastSAM-x are."
-            )
+        known = (backbone, head) == (_BACKBONE, _HEAD) and not layout.get("activation")
         if layout.get("scales"):
             depth, width, most = layout["scales"][layout["scale"]]
         else:
             depth, width, most = layout["depth_multiple"], layout["width_multiple"], layout.get("max_channels", 1 << 16)
-        return float(depth), float(width), float(most)
-    except (TypeError, KeyError, IndexError) as error:
+        scale = float(depth), float(width), float(most)
+    except (AttributeError, TypeError, KeyError, IndexError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} does not describe a YOLOv8-seg network ({error!r}).") from error
+    if not known:
+        raise ValueError(f"{name} is not laid out as YOLOv8-seg (its last module is {kind}); FastSAM-s and FastSAM-x are.")
+    return scale
 
 
 def _sane(depth: float, width: float, most: float, size: int, name: str) -> tuple[float, float, int, int]:

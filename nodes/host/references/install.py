@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def style_reference(
         return patched
     sampling = model.get_model_object("model_sampling")
     rotary, unrotated = rotary_layout(network), has_no_rotation(network)
-    _say_what_has_no_effect(family, cures, rotary is not None, unrotated, content is None, gamma, gamma_end)
+    _say_what_has_no_effect(family, cures, rotary is not None, unrotated)
     reference = Reference(
         styles=styles,
         content=None if content is None else TrajectorySource(content, tuple(range(content.batch))),
@@ -171,8 +172,8 @@ def parse_weights(text: str, count: int) -> list[float]:
         raise ValueError(f'weights: cannot read "{text}"; write one number for each style picture, for example "1, 0.5".') from None
     if len(values) != count:
         raise ValueError(f"weights: {len(values)} for {count} style pictures; write one for each, or leave it empty.")
-    if min(values) < 0 or sum(values) <= 0:
-        raise ValueError(f'weights: must not be negative, and not all 0; got "{text}".')
+    if not all(math.isfinite(value) and value >= 0 for value in values) or sum(values) == 0:
+        raise ValueError(f'weights: must be finite, not negative, and not all 0; got "{text}".')
     return [value / sum(values) for value in values]
 
 
@@ -190,9 +191,7 @@ def _layers(model: Any, layers: str) -> tuple[frozenset | None, frozenset[int] |
     return None, frozenset(number for _, number in places)
 
 
-def _say_what_has_no_effect(
-    family: str, cures: Cures, rotates: bool, unrotated: bool, without_content: bool, gamma: float, gamma_end: float
-) -> None:
+def _say_what_has_no_effect(family: str, cures: Cures, rotates: bool, unrotated: bool) -> None:
     if cures.needs_rotation and not rotates:
         reason = "has no rotary positions" if unrotated else "turns its positions in a way that is not known here"
         logging.info("Pastiche: %s %s; untwisting and position shift have no effect on it.", family, reason)
@@ -200,5 +199,3 @@ def _say_what_has_no_effect(
         logging.info("Pastiche: %s turns its positions in a way that is not known here; token_adain has no effect on it.", family)
     if cures.leak_guard:
         logging.info("Pastiche: leak_guard acts on the negative prompt's rows; at cfg 1 there are none.")
-
-

@@ -148,6 +148,11 @@ class _Forward:
                 continue
             places = [added.place(source, reference.noise_seed, chunks) for source in reference.sources]
             content = places.pop() if reference.content is not None else None
+            if content is not None and self.x.shape[2:] != self.run_state.shape[2:]:
+                raise ValueError(
+                    f"{reference.content_input}: a condition with an area shows a part of the picture and the content's row all of it: "
+                    "use masks for conditions, or leave the content out."
+                )
             rows = None if len(chunks) == len(self.chunks) else added.rows_of(chunks)
             kinds = tuple(self._kind(self.chunks[chunk]) for chunk in chunks)
             borrowed = borrowed_calls(reference, layout, float(self.t.flatten()[0]))
