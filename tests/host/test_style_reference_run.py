@@ -13,7 +13,7 @@ from pastiche.nodes.host.injections.schedule import SigmaRange
 from pastiche.nodes.host.injections.style import inject_style
 from pastiche.nodes.host.references.install import parse_weights, references_of, style_reference
 from pastiche.nodes.host.references.layout import Call, Layout
-from pastiche.nodes.host.references.rows import lengthen, own_conditions, without_control
+from pastiche.nodes.host.networks.rows import lengthen, own_conditions, without_control
 from pastiche.nodes.host.references.run import KEY, chosen_calls
 from pastiche.nodes.host.references.settings import Cures, Reference
 from pastiche.nodes.host.references.sharing import Part, Sharing

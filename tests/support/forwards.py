@@ -5,7 +5,7 @@ import functools
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from pastiche.nodes.host.references.run import KEY, ReferenceRun
-from pastiche.nodes.host.references.sources import condition_rows
+from pastiche.nodes.host.networks.rows import condition_rows
 
 from .families import family_cond, tiny_model
 

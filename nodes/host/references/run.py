@@ -12,11 +12,11 @@ from torch import Tensor
 from ...algorithms.masks import as_batch
 from ...algorithms.references import sampling_progress
 from ..injections.style_rows import STYLE_PLAN
+from ..networks.rows import condition_rows, lengthen, own_conditions, without_control
 from .layout import SLOT, Layout, Probe, small_shape
-from .rows import lengthen, own_conditions, without_control
 from .settings import Reference, Source
 from .sharing import Part, Sharing
-from .sources import TrajectorySource, condition_rows, seeded_noise
+from .sources import TrajectorySource, seeded_noise
 
 KEY = "pastiche_references"
 

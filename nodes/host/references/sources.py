@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.conds
-import comfy.sampler_helpers
-import comfy.samplers
 import torch
 from torch import Tensor
 
@@ -74,13 +71,3 @@ def _between(trajectory: Trajectory, sigma: float) -> Tensor:
     if share < 1e-4 or share > 1 - 1e-4:
         return latents[above - 1 if share < 0.5 else above]
     return torch.lerp(latents[above - 1], latents[above], share)
-
-
-def condition_rows(model: Any, conditioning: list, latent: Tensor) -> dict[str, tuple[Any, bool]]:
-    """What a forward of one row (1, C, ...) under `conditioning` is given: {name: (value, may be repeated along tokens)}."""
-    conds = {"positive": comfy.sampler_helpers.convert_cond(conditioning)}
-    processed = comfy.samplers.process_conds(model, latent, conds, latent.device)["positive"][0]["model_conds"]
-    return {
-        name: (cond.process_cond(batch_size=1, area=None).cond, isinstance(cond, comfy.conds.CONDCrossAttn))
-        for name, cond in processed.items()
-    }

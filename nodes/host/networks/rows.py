@@ -1,10 +1,13 @@
-"""A forward's arguments, lengthened by the rows of references."""
+"""A forward's arguments, lengthened by the rows of reference pictures."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import comfy.conds
+import comfy.sampler_helpers
+import comfy.samplers
 import torch
 from torch import Tensor
 
@@ -66,6 +69,16 @@ def own_conditions(kwargs: dict[str, Any], rows: int, places: list[tuple[slice, 
             batch[place] = value
             changed[name] = batch
     return changed
+
+
+def condition_rows(model: Any, conditioning: list, latent: Tensor) -> dict[str, tuple[Any, bool]]:
+    """What a forward of one row (1, C, ...) under `conditioning` is given: {name: (value, may be repeated along tokens)}."""
+    conds = {"positive": comfy.sampler_helpers.convert_cond(conditioning)}
+    processed = comfy.samplers.process_conds(model, latent, conds, latent.device)["positive"][0]["model_conds"]
+    return {
+        name: (cond.process_cond(batch_size=1, area=None).cond, isinstance(cond, comfy.conds.CONDCrossAttn))
+        for name, cond in processed.items()
+    }
 
 
 def _fit_tokens(value: Tensor, tokens: int) -> Tensor:
