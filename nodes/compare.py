@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .host.checks import checked
 from .host.compare import comparison
 
 
@@ -25,5 +26,6 @@ class ComparePictures(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, before, after) -> io.NodeOutput:
         return io.NodeOutput(ui=comparison(before, after, cls))

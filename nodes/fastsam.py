@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .algorithms.prompts import parse_boxes, parse_points
+from .host.checks import checked
 from .host.fastsam.model import FastSAM, list_fastsam, load_fastsam
 from .host.fastsam.prompt import AUTO, MODES, Finish, Prompt, prompt_masks
 from .host.fastsam.preview import picker_preview
@@ -36,6 +37,7 @@ class LoadFastSAM(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model_name: str) -> io.NodeOutput:
         return io.NodeOutput(load_fastsam(model_name))
 
@@ -174,6 +176,7 @@ class FastSAMPrompt(io.ComfyNode):
         return True
 
     @classmethod
+    @checked
     def execute(
         cls,
         fastsam: FastSAM,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .host.checks import checked
 from .host.injections.content import MODES, inject_features
 from .host.references.install import borrow_structure
 from .sockets import FeaturesSocket, TrajectorySocket
@@ -65,6 +66,7 @@ class FeatureInjection(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model, content=None, feature_steps=0.6, attention_steps=0.5, feature_layers="auto",
         self_attention_layers="auto", cross_attention_layers="auto", mode="override",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .host.checks import checked
 from .host.features.capture import MEMORY, PRECISION, capture
 from .host.features.library import list_files, load_bank, save_bank
 from .host.trajectories.inversion import inverted_noise
@@ -56,6 +57,7 @@ class CaptureFeatures(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, trajectory, streams="self_attention", layers="auto", memory="recompute", precision="half") -> io.NodeOutput:
         return io.NodeOutput(capture(model, trajectory, streams, layers, memory, precision))
 
@@ -79,6 +81,7 @@ class SaveFeatures(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, features, filename_prefix="style") -> io.NodeOutput:
         path = save_bank(features, filename_prefix)
         return io.NodeOutput(path.name, ui={"text": [f"{path.name}: {readable_size(path.stat().st_size)}"]})
@@ -106,6 +109,7 @@ class LoadFeatures(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, file, model, memory="disk") -> io.NodeOutput:
         bank = load_bank(file, memory, model)
         noise = inverted_noise(model, bank.trajectory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .algorithms.injectfusion import SCHEDULES
+from .host.checks import checked
 from .host.injections.hspace import BRANCHES, inject_content
 from .host.injections.injectfusion_sampler import injectfusion_sampler
 from .sockets import FeaturesSocket
@@ -57,6 +58,7 @@ class HSpaceSlerp(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, content, gamma=0.6, t_edit=400, branch="conditional", mask=None, schedule="constant",
                 match_norm=True) -> io.NodeOutput:
         return io.NodeOutput(inject_content(model, content, gamma, t_edit, branch, mask, schedule, match_norm))
@@ -98,5 +100,6 @@ class InjectFusionSampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, omega=0.3, t_boost=200, seed=0, dt_lambda=1.0) -> io.NodeOutput:
         return io.NodeOutput(injectfusion_sampler(omega, t_boost, seed, dt_lambda))

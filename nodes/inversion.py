@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from .host.checks import checked
 from .host.features.capture import MEMORY, PRECISION
 from .host.features.on_the_way import invert_several
 from .host.trajectories.clean_level import CLEAN_LEVELS
@@ -146,6 +147,7 @@ class DDIMInversion(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model, latent, sigmas, positive=None, scheme=DEFAULT_SCHEME, iterations=5, substeps=1, tolerance=TOLERANCE,
         streams="self_attention", layers="auto", memory="recompute", precision="half", clean_level="sigma 0", style=None,
@@ -200,6 +202,7 @@ class InversionReport(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, trajectory, vae, amplify=10.0, sampler=None) -> io.NodeOutput:
         image, in_latents, in_pixels = inversion_report(model, trajectory, vae, amplify, sampler)
         preview = ui.PreviewImage(image, cls=cls).as_dict()
@@ -221,6 +224,7 @@ class MidpointSampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(midpoint_sampler())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .host.checks import checked
 from .host.injections.keep_outside import keep_content_outside
 from .sockets import TrajectorySocket
 
@@ -31,5 +32,6 @@ class KeepOutside(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, trajectory, mask) -> io.NodeOutput:
         return io.NodeOutput(keep_content_outside(model, trajectory, mask))

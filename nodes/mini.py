@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .host.checks import checked
 from .host.networks.mini import ARCHITECTURES, KINDS, load_mini
 
 
@@ -37,6 +38,7 @@ class LoadMini(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, kind, architecture="unet") -> io.NodeOutput:
         model, vae, conditionings = load_mini(architecture=architecture)
         return io.NodeOutput(model, vae, conditionings[kind])

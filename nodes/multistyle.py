@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from .algorithms.diffstyler import OVERLAPS
 from .algorithms.references import SHARES
+from .host.checks import checked
 from .host.multistyle.guider import lora_names, multi_style_guider, style_entry
 from .sockets import FeaturesSocket, StyleSocket
 
@@ -76,6 +77,7 @@ class StyleEntryNode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, lora=None, lora_name="none", model=None, features=None, positive=None, mask=None, strength=1.0,
                 start_percent=0.0, end_percent=1.0, temperature=1.5, layers="auto", picture=None, share="join") -> io.NodeOutput:
         return io.NodeOutput(style_entry(
@@ -116,5 +118,6 @@ class MultiStyleGuiderNode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, positive, negative, cfg, styles: io.Autogrow.Type, overlap="share") -> io.NodeOutput:
         return io.NodeOutput(multi_style_guider(model, positive, negative, cfg, list(styles.values()), overlap))

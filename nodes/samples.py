@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .host.checks import checked
 from .host.samples import SAMPLES, load_sample
 
 
@@ -30,5 +31,6 @@ class SamplePicture(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, picture) -> io.NodeOutput:
         return io.NodeOutput(*load_sample(picture))

@@ -7,6 +7,7 @@ import logging
 from comfy_api.latest import io
 
 from .algorithms.references import SCHEDULES, SHARES
+from .host.checks import checked
 from .host.references.install import style_reference
 from .host.references.settings import DEFAULT_PRESET, PRESETS, Cures
 from .sockets import TrajectorySocket
@@ -112,6 +113,7 @@ class StyleReference(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model, style=None, style_trajectory=None, content=None, share="join", gamma=0.75, gamma_end=0.375, schedule="cosine",
         temperature=1.0, strength=1.0, layers="auto", start_percent=0.0, end_percent=1.0, mask=None, style_positive=None,

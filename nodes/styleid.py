@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .algorithms.references import SCHEDULES
+from .host.checks import checked
 from .host.trajectories.latent_adain import latent_adain, noise_adain
 from .host.trajectories.noise import latent_output, no_output
 from .host.injections.style import inject_style
@@ -51,6 +52,7 @@ class LatentAdaIN(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, content, style, strength=1.0, content_mask=None, style_mask=None, epsilon=0.0) -> io.NodeOutput:
         if isinstance(content, dict) and isinstance(style, dict):
             missing = no_output("There is no NOISE where content and style are latents: connect DDIM Inversion's NOISE to both.")
@@ -130,6 +132,7 @@ class StyleInjection(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model, style, content=None, gamma=0.75, temperature=1.5, strength=1.0, layers="auto",
         start_percent=0.0, end_percent=1.0, mask=None, gamma_end=0.375, schedule="constant",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from .algorithms.lora import TARGETS
+from .host.checks import checked
 from .host.training.job import train_for_node
 from .host.training.loop import LOSS_WINDOW, PRECISIONS, TrainingSettings
 from .host.training.plot import loss_plot
@@ -112,6 +113,7 @@ class TrainStyleLoRA(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, positive, latents=None, image=None, vae=None, checkpoint="", **settings) -> io.NodeOutput:
         trained = train_for_node(
             model, positive, latents, image, vae, TrainingSettings(**settings), checkpoint, cls.hidden.unique_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .host.checks import checked
 from .host.networks.unconditional import DTYPES
 from .host.networks.unconditional_checkpoint import BETAS, LONGEST, Reading
 from .host.networks.unconditional_files import list_models, load_model
@@ -66,6 +67,7 @@ class LoadUnconditional(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, folder, weight_dtype="default", clip_denoised=False, heads="auto", betas="auto", timesteps=0,
                 attention_order="auto") -> io.NodeOutput:
         return io.NodeOutput(*load_model(folder, weight_dtype, clip_denoised, Reading(heads, attention_order, betas, timesteps)))

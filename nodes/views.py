@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from .host.checks import checked
 from .host.features.views import feature_pca, style_similarity
 from .sockets import FeaturesSocket
 
@@ -41,6 +42,7 @@ class FeaturePCA(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, features, compare=None, layer="output 7", percent=0.6, size=512) -> io.NodeOutput:
         image = feature_pca(features, compare, layer, percent, size)
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
@@ -70,6 +72,7 @@ class StyleSimilarity(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, content, style, content_image, style_image, layer="output 7", percent=0.6, x=0.5, y=0.5) -> io.NodeOutput:
         image = style_similarity(content, style, layer, percent, x, y, content_image, style_image)
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
