@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from .host.checks import checked
 from .host.features.capture import MEMORY, PRECISION, capture
-from .host.features.library import list_files, load_bank, save_bank
+from .host.features.library import list_files, load_bank, save_bank, saved_name
 from .host.trajectories.inversion import inverted_noise
 from .host.trajectories.noise import latent_output
 from .host.features.stores import readable_size
@@ -84,7 +84,7 @@ class SaveFeatures(io.ComfyNode):
     @checked
     def execute(cls, features, filename_prefix="style") -> io.NodeOutput:
         path = save_bank(features, filename_prefix)
-        return io.NodeOutput(path.name, ui={"text": [f"{path.name}: {readable_size(path.stat().st_size)}"]})
+        return io.NodeOutput(saved_name(path), ui={"text": [f"{saved_name(path)}: {readable_size(path.stat().st_size)}"]})
 
 
 class LoadFeatures(io.ComfyNode):

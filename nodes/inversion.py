@@ -254,5 +254,6 @@ class DDIMSampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, clean_level="sigma 0", skip_steps=0) -> io.NodeOutput:
         return io.NodeOutput(ddim_sampler(clean_level, skip_steps))

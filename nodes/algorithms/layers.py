@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 LARGEST = 999  # no network has as many blocks; a range is counted out, so it must not be endless
-_ITEM = re.compile(r"^(?:(input|middle|output)\b)?\s*(?:(\d+)(?:\s*-\s*(\d+))?)?$")
+_ITEM = re.compile(r"^(?:(input|middle|output)\b)?\s*(?:(\d{1,12})(?:\s*-\s*(\d{1,12}))?)?$")
 
 
 def parse_layers(text: str) -> list[tuple[str, int]]:
@@ -19,7 +19,7 @@ def parse_layers(text: str) -> list[tuple[str, int]]:
     for item in text.split(","):
         match = _ITEM.match(item.strip().lower())
         if match is None or not item.strip():
-            raise ValueError(f'layers: cannot read "{item.strip()}"; write for example "6-11" or "middle, output 6-11".')
+            raise ValueError(f'layers: cannot read "{item.strip()[:40]}"; write for example "6-11" or "middle, output 6-11".')
         block = match[1] or block
         if block == "middle":
             if match[2] not in (None, "0"):

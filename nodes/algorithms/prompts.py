@@ -10,13 +10,13 @@ Accepted boxes: [{"x", "y", "width", "height"}], [[x1, y1, x2, y2]], {"x1", ...,
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 with x1 < x2, y1 < y2
 
 _CORNERS = (("x1", "y1", "x2", "y2"), ("startX", "startY", "endX", "endY"), ("xmin", "ymin", "xmax", "ymax"))
+LARGEST = 1e9  # pixels; far outside of any picture, and what is computed from it stays finite
 _NEGATIVE = (0, -1, "0", "-1", "-", "negative", "neg", "background")
 
 
@@ -113,7 +113,7 @@ def _decode(value, name: str):
             return []
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # beside bad JSON: numbers of thousands of digits, lists thousands deep
             raise ValueError(
                 f'{name} is no valid JSON ({error}). Write for example [{{"x": 120, "y": 80}}] or [[120, 80]].'
             ) from error
@@ -193,15 +193,15 @@ def _box(item, name: str) -> Box:
 
 
 def _finite(values, item, name: str) -> list[float]:
-    if not all(_is_number(value) and math.isfinite(value) for value in values):
-        raise ValueError(f"{name}: {_brief(item)} holds a coordinate that is no finite number.")
+    if not all(_is_number(value) and abs(value) <= LARGEST for value in values):  # not so for NaN either
+        raise ValueError(f"{name}: {_brief(item)} holds a coordinate that is no finite number, or lies beyond {LARGEST:.0e} pixels.")
     return [float(value) for value in values]
 
 
 def _size(value, name: str) -> tuple[float, float] | None:
     if value is None:
         return None
-    if not (isinstance(value, list) and len(value) == 2 and all(_is_number(v) and math.isfinite(v) and v > 0 for v in value)):
+    if not (isinstance(value, list) and len(value) == 2 and all(_is_number(v) and 1 <= v <= LARGEST for v in value)):
         raise ValueError(f'{name}: "size" must be [width, height] of the image that was picked on, got {_brief(value)}.')
     return float(value[0]), float(value[1])
 
@@ -211,5 +211,8 @@ def _ratio(size, width: int, height: int) -> tuple[float, float]:
 
 
 def _brief(value) -> str:
-    text = json.dumps(value, default=repr)
+    try:
+        text = json.dumps(value, default=repr)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too deep or too long to show"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -9,10 +9,11 @@ def masked_statistics(x: torch.Tensor, mask: torch.Tensor | None = None) -> tupl
     """Mean and unbiased standard deviation of each channel over the pixels of one sample.
 
     x: (B, C, H, W); mask: (B or 1, 1, H, W) weights in [0, 1] or None. Returns two (B, C, 1, 1).
-    With weights w the variance is sum w (x - mean)^2 / (sum w - sum w^2 / sum w), torch's own for w = 1.
+    A single pixel deviates from nothing: 0. With weights w the variance is sum w (x - mean)^2 / (sum w - sum w^2 / sum w), torch's own for w = 1.
     """
     if mask is None:
-        return x.mean(dim=(2, 3), keepdim=True), x.std(dim=(2, 3), keepdim=True)
+        mean = x.mean(dim=(2, 3), keepdim=True)
+        return mean, x.std(dim=(2, 3), keepdim=True) if x[0, 0].numel() > 1 else torch.zeros_like(mean)
     weight = mask.to(x).expand(x.shape[0], 1, *x.shape[2:])
     total = weight.sum(dim=(2, 3), keepdim=True).clamp_min(1e-12)
     mean = (weight * x).sum(dim=(2, 3), keepdim=True) / total

@@ -6,11 +6,13 @@ comes out as a black picture many nodes later, where nothing tells whence it cam
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
 import numbers
-from typing import Any, Callable
+import re
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch import Tensor
 from ..sockets import FeatureBank, Trajectory
 
 HALF = "The usual cause is half precision: use a fp16-fixed VAE, or start ComfyUI with --fp32-vae."
+MISFIT = re.compile(r"shapes cannot be multiplied|expected input\[|must match|Expected size|is invalid for input|to have \d+ channels|the size of tensor", re.I)
 REMAKE = "Make it again with DDIM Inversion."
 
 
@@ -162,6 +165,20 @@ def brief_number(value: float) -> str:
         return f"{value:.6g}" if isinstance(value, float) or abs(value) >= 1 << 64 else str(value)
     except OverflowError:
         return f"a number of {value.bit_length()} bits"
+
+
+@contextlib.contextmanager
+def unlike_shapes_told(name: str) -> Iterator[None]:
+    """Around a run of the user's model: PyTorch's complaint that sizes do not fit becomes a ValueError about input `name`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not MISFIT.search(str(error)):
+            raise
+        raise ValueError(
+            f"{name}: the model cannot compute with it; latent, conditioning and model must be of one kind, and no side too small for "
+            f"the network. ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def check_text(value: Any, name: str) -> None:

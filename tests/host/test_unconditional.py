@@ -2,16 +2,21 @@
 
 import copy
 import json
+import os
+import time
+from pathlib import Path
 
 import comfy.sample
 import comfy.samplers
 import folder_paths
 import pytest
+import safetensors.torch
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from pastiche.nodes.host.networks.families import find_adapter
-from pastiche.nodes.host.networks.unconditional import list_folders, load_unconditional, make_sampling
+from pastiche.nodes.host.networks.unconditional import load_unconditional, make_sampling
+from pastiche.nodes.host.networks.unconditional_folders import Listing, list_folders
 
 from support.unconditional import COMMON, SCHEDULER, SHAPES, make_network, write_folder
 
@@ -244,3 +249,122 @@ def test_sizes_that_do_not_fit_are_refused(root):
     model, _, conditioning = load_unconditional(write_folder(root / "net", make_network("celebahq")).name)
     with pytest.raises(ValueError, match="multiples of 32, got 40x64"):
         sample(model, conditioning, noise(1, 3, 64, 40), torch.tensor([3.0, 0.0]))
+
+
+def rewrite(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"block_out_channels": [32, 1 << 40, 64, 64]}, "block_out_channels is .* at most"),
+    ({"block_out_channels": [32] * 100_000}, "block_out_channels|more than the"),
+    ({"block_out_channels": [32, 32, 32, 10**400]}, "block_out_channels"),
+    ({"block_out_channels": 3}, "block_out_channels"),
+    ({"layers_per_block": 10**9}, "layers_per_block 1000000000 are more than the"),
+    ({"layers_per_block": "two"}, "layers_per_block"),
+    ({"block_out_channels": [64, 64, 64, 64]}, "does not fit its config.json: .* expected, .* found"),
+    ({"layers_per_block": 1}, "does not fit its config.json"),
+    ({"norm_num_groups": 10**12}, "makes no network of it"),
+    ({"attention_head_dim": 0}, "makes no network of it"),
+    ({"down_block_types": "DownBlock2D"}, "down_block_types must name 4 blocks"),
+    ({"act_fn": [1]}, "makes no network of it"),
+])
+def test_sizes_that_only_a_config_claims_take_no_memory(root, monkeypatch, changes, message):
+    folder = write_folder(root / "net", make_network("cifar10"))
+    rewrite(folder / "config.json", **changes)
+    from diffusers import UNet2DModel
+
+    monkeypatch.setattr(UNet2DModel, "from_pretrained", lambda *args, **kwargs: pytest.fail("memory was taken"))
+    with pytest.raises(ValueError, match=message):
+        load_unconditional("net")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"num_train_timesteps": 10**12}, "num_train_timesteps is 1000000000000, expected 1 to"),
+    ({"num_train_timesteps": 0}, "num_train_timesteps"),
+    ({"num_train_timesteps": "1000"}, "num_train_timesteps"),
+    ({"trained_betas": [float("nan")] * 3}, "no noise schedule"),
+    ({"trained_betas": "x"}, "trained_betas must be a list"),
+    ({"beta_end": float("inf")}, "beta_end is inf"),
+    ({"beta_end": 10**400}, "beta_end"),
+    ({"beta_start": -3.0}, "no noise schedule"),
+    ({"beta_schedule": "nothing"}, "makes no schedule of it"),
+    ({"prediction_type": ["epsilon"]}, "prediction_type"),
+])
+def test_schedules_that_no_model_has_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_sampling({**SCHEDULER, **changes}, True)
+
+
+def test_damaged_files_get_a_sentence(root):
+    folder = write_folder(root / "net", make_network("cifar10"))
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    data = weights.read_bytes()
+    for damaged in (data[: len(data) // 2], b"<!DOCTYPE html>" * 100, b""):
+        weights.write_bytes(damaged)
+        with pytest.raises(ValueError, match="no complete safetensors file"):
+            load_unconditional("net")
+    tensors = {key: tensor.clone() for key, tensor in make_network("cifar10").state_dict().items()}
+    tensors["conv_out.weight"][0, 0, 0, 0] = float("nan")
+    safetensors.torch.save_file(tensors, str(weights))
+    with pytest.raises(ValueError, match="conv_out.weight holds NaN"):
+        load_unconditional("net")
+
+
+def test_names_of_old_attention_layers_are_understood(root):
+    """google/ddpm-* were saved before diffusers renamed them."""
+    network = make_network("cifar10")
+    folder = write_folder(root / "net", network)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for key, tensor in network.state_dict().items():
+        for new, before in old.items():
+            key = key.replace(f".{new}.", f".{before}.")
+        tensors[key] = tensor.clone()
+    assert any(".query." in key for key in tensors)
+    safetensors.torch.save_file(tensors, str(folder / "diffusion_pytorch_model.safetensors"), {"format": "pt"})
+    state = load_unconditional("net")[0].model.diffusion_model.network.state_dict()
+    assert torch.equal(state["mid_block.attentions.0.to_q.weight"], network.state_dict()["mid_block.attentions.0.to_q.weight"])
+
+
+@pytest.mark.parametrize("text, message", [(b"[" * 3000 + b"]" * 3000, "not valid JSON"), (b"\xff\xfe", "cannot be read"), (b"[1]", "JSON object")])
+def test_configs_that_are_none(root, text, message):
+    folder = write_folder(root / "net", make_network("cifar10"))
+    (folder / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        load_unconditional("net")
+
+
+def test_a_huge_config_is_neither_listed_nor_read(root, monkeypatch):
+    folder = write_folder(root / "net", make_network("cifar10"))
+    with open(folder / "config.json", "r+b") as file:
+        file.truncate(300 << 20)  # sparse
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it was read"))
+    monkeypatch.setattr(Path, "read_text", lambda path, **kwargs: pytest.fail("it was read"))
+    assert Listing().names([root])[0] == []
+    with pytest.raises(ValueError, match="config.json has 315 MB"):
+        load_unconditional("net")
+
+
+def test_a_listing_reads_again_only_what_has_changed(tmp_path, monkeypatch):
+    for number in range(30):
+        (tmp_path / f"net{number:02}").mkdir()
+        (tmp_path / f"net{number:02}" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    reads, scans, looks = [], [], []
+    read, scan, stat = Path.read_bytes, os.scandir, os.stat
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (reads.append(path), read(path))[1])
+    monkeypatch.setattr(os, "scandir", lambda path: (scans.append(path), scan(path))[1])
+    monkeypatch.setattr(os, "stat", lambda path, **kwargs: (looks.append(path), stat(path, **kwargs))[1])
+    listing, now = Listing(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    assert len(listing.names([tmp_path])[0]) == 30 and len(reads) == 30 and len(scans) == 31
+    looks.clear()
+    assert len(listing.names([tmp_path])[0]) == 30 and looks == []  # asked again for the same prompt
+    now[0] = 10.0
+    assert len(listing.names([tmp_path])[0]) == 30 and len(reads) == 30 and len(scans) == 31 and looks
+    (tmp_path / "net00" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    (tmp_path / "lab" / "new" / "unet").mkdir(parents=True)
+    (tmp_path / "lab" / "new" / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    now[0] = 20.0
+    assert listing.names([tmp_path])[0] == ["lab/new", *(f"net{number:02}" for number in range(1, 30))]
+    assert len(reads) == 32

@@ -59,6 +59,9 @@ def capture(
     writer = open_writer(model, keys, trajectory, memory, precision)
     try:
         record(model, trajectory, keys, writer.write)
+    except OSError as error:
+        discard(writer)
+        raise ValueError(f"memory: the disk took no more features ({error.strerror or error}). Choose ram or recompute, or make room.") from error
     except BaseException:  # Cancel included: no half-written file stays behind
         discard(writer)
         raise

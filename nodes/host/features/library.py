@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 
+import comfy.model_management
 import folder_paths
 import safetensors
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...sockets import FeatureBank, FeatureKey, Fingerprint, Trajectory
+from ...sockets import STREAMS, FeatureBank, FeatureKey, Fingerprint, Trajectory
+from ..checks import check_conditioning, check_trajectory
 from ..files import register_models_folder
 from ..networks.families import find_adapter
 from ..networks.fingerprint import fingerprint, require_same_model
@@ -40,14 +43,10 @@ def save_bank(bank: FeatureBank, filename_prefix: str) -> Path:
     """Writes a bank, its trajectory and its conditioning into output/pastiche_features; returns the file.
 
     A `recompute` bank is written with its trajectory alone and needs a MODEL when loaded.
-    Raises ValueError for a name outside that folder (core's own check) and for conditioning beyond a prompt.
+    Raises ValueError for a name outside that folder (core's own check) or that no file can have, for conditioning beyond
+    a prompt, and where the file cannot be written.
     """
-    root = os.path.join(folder_paths.get_output_directory(), FOLDER)
-    os.makedirs(root, exist_ok=True)
-    try:
-        folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, root)
-    except Exception as error:
-        raise ValueError(f'filename_prefix: "{filename_prefix}" leaves ComfyUI\'s output folder; give a plain name.') from error
+    path = _free_path(filename_prefix)
     trajectory = bank.trajectory
     context, extra = trajectory.conditioning[0]
     unsaved = [name for name, value in extra.items() if name != "pooled_output" and value is not None]
@@ -76,18 +75,56 @@ def save_bank(bank: FeatureBank, filename_prefix: str) -> Path:
         "latent_size": json.dumps(list(trajectory.latents.shape[-2:])),
         "batch": str(trajectory.batch),
     }
-    writer = FileWriter(Path(folder) / f"{name}_{counter:05}_.safetensors", shapes, dtypes, metadata)
     try:
-        for name, tensor in whole.items():
-            writer.write(name, 0, tensor)
-        if bank.store is not None:
-            for step in range(1, trajectory.steps + 1):
-                for key in bank.keys:
-                    writer.write(key, step, bank.store.read(key, step, device))
-    except BaseException:
-        writer.discard()
-        raise
-    return writer.finish()
+        writer = FileWriter(path, shapes, dtypes, metadata)
+        try:
+            for name, tensor in whole.items():
+                writer.write(name, 0, tensor)
+            if bank.store is not None:
+                for step in range(1, trajectory.steps + 1):
+                    comfy.model_management.throw_exception_if_processing_interrupted()
+                    for key in bank.keys:
+                        writer.write(key, step, bank.store.read(key, step, device))
+        except BaseException:
+            writer.discard()
+            raise
+        return writer.finish()
+    except OSError as error:
+        raise ValueError(f'filename_prefix: "{path}" cannot be written ({error.strerror or error}). Make room, or the folder writable.') from error
+
+
+def saved_name(path: Path) -> str:
+    """The name under which Load Features lists a file that `save_bank` wrote."""
+    return os.path.relpath(path, os.path.join(folder_paths.get_output_directory(), FOLDER))
+
+
+def _free_path(filename_prefix: str) -> Path:
+    """A numbered file in output/pastiche_features whose name no listed folder has yet, as Load Features takes the first it finds."""
+    root, shown = os.path.join(folder_paths.get_output_directory(), FOLDER), ascii(filename_prefix[:60])
+    if not filename_prefix.strip("./\\ "):
+        raise ValueError(f'filename_prefix: got {shown}; give a name, for example "style" or "paintings/style".')
+    try:
+        os.makedirs(root, exist_ok=True)
+        folder, name, counter, *_ = folder_paths.get_save_image_path(os.path.normpath(filename_prefix), root)
+        while True:
+            path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(path)  # a name too long or not allowed: now, not when the work is done
+            if not os.path.lexists(path) and _listed(saved_name(path)) is None:
+                return path
+            counter += 1
+    except (OSError, ValueError) as error:
+        raise ValueError(f"filename_prefix: no file can be called {shown} ({getattr(error, 'strerror', None) or error}). Give a plain name.") from error
+    except Exception as error:  # core raises no type of its own
+        raise ValueError(f"filename_prefix: {shown} leaves ComfyUI's output folder; give a plain name.") from error
+
+
+def _listed(name: str) -> str | None:
+    """Full path of a file in the listed folders; None for names that are not there, or cannot be."""
+    try:
+        return folder_paths.get_full_path(FOLDER, name) if FOLDER in folder_paths.folder_names_and_paths else None
+    except (OSError, ValueError):
+        return None
 
 
 def load_bank(name: str, memory: str, model: ModelPatcher) -> FeatureBank:
@@ -97,9 +134,9 @@ def load_bank(name: str, memory: str, model: ModelPatcher) -> FeatureBank:
     recomputed while sampling otherwise. Raises ValueError for truncated or foreign files and another model.
     """
     require_plain(model, "would be in features that are made again with this model")
-    path = folder_paths.get_full_path(FOLDER, name)
+    path = _listed(name)
     if path is None or not _inside_folders(path):
-        raise ValueError(f'file: "{name}" is not in {FOLDER} under ComfyUI\'s models or output folder.')
+        raise ValueError(f'file: {ascii(name[:60])} is not in {FOLDER} under ComfyUI\'s models or output folder.')
     store = FileStore(Path(path))
     about = store.metadata
     if about.get("format") != FORMAT or about.get("version") != VERSION or not set(TRAJECTORY) <= set(store.tensor_names()):
@@ -109,8 +146,11 @@ def load_bank(name: str, memory: str, model: ModelPatcher) -> FeatureBank:
         trajectory = _read_trajectory(store)
         keys = tuple(FeatureKey.parse(text) for text in json.loads(about["keys"]))
         stored = about["method"] == "capture"
+        strange = [str(key) for key in keys if key.stream not in STREAMS]
+        if strange or not keys:
+            raise ValueError(f"it names the features {', '.join(strange)[:60] or 'of no layer'}")
         shapes = {key: _read_shape(store, key, trajectory) for key in keys} if stored else {}
-    except (KeyError, ValueError, safetensors.SafetensorError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise ValueError(f'file: "{name}" is damaged: {error}. Save the features again.') from error
     require_same_model(fingerprint(model), trajectory.fingerprint, f'The features in "{name}"')
     if memory == "recompute" or not stored:
@@ -120,6 +160,7 @@ def load_bank(name: str, memory: str, model: ModelPatcher) -> FeatureBank:
     device = torch.device("cpu") if memory == "ram" else model.load_device
     held = MemoryStore(shapes, trajectory.steps, store.dtype(str(keys[0])), device)
     for step in range(1, trajectory.steps + 1):
+        comfy.model_management.throw_exception_if_processing_interrupted()
         for key in keys:
             held.write(key, step, store.read(key, step, device))
     return FeatureBank(trajectory, keys, memory, held, model)
@@ -132,7 +173,10 @@ def _read_trajectory(store: FileStore) -> Trajectory:
         raise ValueError(f"{len(sigmas)} sigmas for latents of shape {tuple(latents.shape)}")
     context = store.tensor(CONTEXT) if CONTEXT in names else None
     extra = {"pooled_output": store.tensor(POOLED)} if POOLED in names else {}
-    return Trajectory(sigmas, latents, [[context, extra]], about["scheme"], Fingerprint(about["weights"], about["patches"]))
+    trajectory = Trajectory(sigmas, latents, [[context, extra]], about["scheme"], Fingerprint(about["weights"], about["patches"]))
+    check_trajectory(trajectory, "trajectory")
+    check_conditioning(trajectory.conditioning, "conditioning")
+    return trajectory
 
 
 def _read_shape(store: FileStore, key: FeatureKey, trajectory: Trajectory) -> tuple[int, ...]:

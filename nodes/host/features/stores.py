@@ -17,6 +17,7 @@ import safetensors
 import torch
 
 from ...sockets import FeatureKey
+from ..checks import is_finite
 from ..files import PartialFile
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -53,6 +54,7 @@ class MemoryStore:
 
     def write(self, key: FeatureKey, step: int, tensor: torch.Tensor) -> None:
         self._tensors[key][step - 1].copy_(tensor)
+        _require_finite(self._tensors[key][step - 1], key)
 
     def read(self, key: FeatureKey, step: int, device: torch.device) -> torch.Tensor:
         return _upload(self._tensors[key][step - 1], device)
@@ -84,7 +86,10 @@ class FileStore:
     def read(self, key: FeatureKey, step: int, device: torch.device) -> torch.Tensor:
         start, _, shape = self._places[str(key)]
         size = prod(shape[1:]) * self.dtype(str(key)).itemsize
-        return _upload(self._load(start + (step - 1) * size, size).view(self.dtype(str(key))).view(shape[1:]), device)
+        found = self._load(start + (step - 1) * size, size).view(self.dtype(str(key))).view(shape[1:])
+        if not is_finite(found):
+            raise ValueError(f'"{self.path.name}": {key} holds NaN or infinite values at step {step}. Save the features again.')
+        return _upload(found, device)
 
     def tensor(self, name: str) -> torch.Tensor:
         start, _, shape = self._places[name]
@@ -115,6 +120,15 @@ class FileStore:
     def _state(self) -> tuple[int, int]:
         found = os.fstat(self._handle.fileno())
         return found.st_size, found.st_mtime_ns
+
+
+def _require_finite(stored: torch.Tensor, name: FeatureKey | str) -> None:
+    if not is_finite(stored):
+        kind = str(stored.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"features: {name} is NaN or beyond what {kind} holds. Set precision to full; if it stays so, the model itself computes "
+            "NaN: start ComfyUI with --force-fp32."
+        )
 
 
 def _aligned(size: int) -> int:
@@ -177,6 +191,7 @@ class FileWriter:
         name = str(key)
         begin, end = self._header[name]["data_offsets"]
         data = tensor.detach().to("cpu", self._dtypes[name]).contiguous()
+        _require_finite(data, name)
         offset = begin + max(step - 1, 0) * data.nbytes
         if data.nbytes != (end - begin) // (self._header[name]["shape"][0] if step else 1):
             raise ValueError(f"{name}: expected {self._header[name]['shape']}, got {tuple(data.shape)} for step {step}.")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...algorithms.masks import resize_mask
 from ...sockets import StyleEntry
+from ..checks import unlike_shapes_told
 from ..networks.neighbours import run_uncompiled
 from ..injections.style_rows import RowPatches
 from ..references.install import reference_rows
@@ -58,7 +59,8 @@ class MultiStyleGuider(comfy.samplers.CFGGuider):
 
     def sample(self, noise: Tensor, latent_image: Tensor, *args, **kwargs) -> Tensor:
         self._check_masks(noise)
-        return super().sample(noise, latent_image, *args, **kwargs)
+        with unlike_shapes_told("positive"):
+            return super().sample(noise, latent_image, *args, **kwargs)
 
     def _check_masks(self, noise: Tensor) -> None:
         for style, name in zip(self.styles, self.names):

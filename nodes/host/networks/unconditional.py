@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from pathlib import Path
 from typing import Any, Callable
 
@@ -15,14 +15,18 @@ import comfy.model_sampling
 import comfy.ops
 import comfy.sd
 import comfy.supported_models_base
-import folder_paths
 import torch
+from safetensors import SafetensorError
 
+from ..checks import is_finite
+from .unconditional_checkpoint import LONGEST
+from .unconditional_folders import brief, check_sizes, compare_shapes, find_folder, read_json, weight_shapes
 from .unconditional_unet import UnconditionalUNet, with_core_operations
 
 DTYPES = {"default": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler",
               "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "clip_sample_range")
 WIDEST_SIGMA = 4518.0  # what core gives a schedule that ends at zero signal (alpha_bar 4.9e-8)
 
 
@@ -52,31 +56,6 @@ class UnconditionalModel(comfy.model_base.BaseModel):
         return {}
 
 
-def list_folders() -> list[str]:
-    """Names, relative to ComfyUI's `diffusers` folders, of the folders that hold a UNet2DModel's config.json."""
-    names = set()
-    for root in roots():
-        for pattern in ("*/config.json", "*/unet/config.json", "*/*/config.json", "*/*/unet/config.json"):
-            for config in root.glob(pattern):
-                folder = config.parent.parent if config.parent.name == "unet" else config.parent
-                if "UNet2DModel" in _read_text(config):
-                    names.add(folder.relative_to(root).as_posix())
-    return sorted(names)
-
-
-def find_folder(name: str) -> Path:
-    """The folder called `name` inside ComfyUI's `diffusers` folders. Raises ValueError when it lies elsewhere."""
-    for root in roots():
-        folder = root / name
-        if folder.is_dir() and folder != root and root.resolve() in folder.resolve().parents:
-            return folder
-    known = ", ".join(list_folders()) or "none"
-    raise ValueError(
-        f'folder: no "{name}" in {", ".join(map(str, roots()))} (found: {known}). '
-        "Put the downloaded model's folder there: config.json, the .safetensors and scheduler_config.json."
-    )
-
-
 def load_unconditional(name: str, weight_dtype: str = "default", clip_denoised: bool = False) -> tuple:
     """(MODEL, VAE, CONDITIONING) of a diffusers UNet2DModel folder.
 
@@ -87,7 +66,7 @@ def load_unconditional(name: str, weight_dtype: str = "default", clip_denoised: 
     folder = find_folder(name)
     dtype = choose_dtype(weight_dtype)
     network = _load_network(folder, dtype)
-    sampling = make_sampling(_read_json(_scheduler_path(folder), "scheduler_config.json"), clip_denoised)
+    sampling = make_sampling(read_json(_scheduler_path(folder), "scheduler_config.json"), clip_denoised)
 
     def wrap(operations: Any) -> UnconditionalUNet:
         return UnconditionalUNet(with_core_operations(network, operations), dtype)
@@ -136,15 +115,21 @@ def make_sampling(config: dict, clip_denoised: bool = False) -> torch.nn.Module:
         "v_prediction": comfy.model_sampling.V_PREDICTION,
         "sample": comfy.model_sampling.X0,
     }
-    if kind not in SCHEDULERS or prediction not in parametrisations:
+    if kind not in SCHEDULERS or str(prediction) not in parametrisations:
         raise ValueError(
-            f"scheduler_config.json names {kind} with prediction_type {prediction}; this node knows the DDPM family "
+            f"scheduler_config.json names {brief(kind)} with prediction_type {brief(prediction)}; this node knows the DDPM family "
             f"({', '.join(SCHEDULERS)}) with {', '.join(parametrisations)}."
         )
-    schedule = DDPMScheduler.from_config({key: value for key, value in config.items() if key != "_class_name"})
-    return discrete_sampling(
-        schedule.alphas_cumprod, parametrisations[prediction], schedule.config.clip_sample_range if clip_denoised else None
-    )
+    _check_schedule(config)
+    try:
+        schedule = DDPMScheduler.from_config({key: config[key] for key in SCHEDULE if key in config})
+        alphas = schedule.alphas_cumprod.double()
+        limit = float(schedule.config.clip_sample_range) if clip_denoised else None
+    except Exception as error:  # whatever diffusers' arithmetic says of numbers that are none
+        raise ValueError(f"scheduler_config.json: diffusers makes no schedule of it ({error}). Download the folder again.") from error
+    if not bool(((alphas >= 0) & (alphas <= 1)).all()) or not bool((alphas.diff() <= 0).all()):
+        raise ValueError("scheduler_config.json: its betas are no noise schedule; the signal's share must fall from 1 to 0. Download the folder again.")
+    return discrete_sampling(alphas, parametrisations[prediction], limit)
 
 
 def discrete_sampling(alphas: torch.Tensor, parametrisation: type, limit: float | None = None) -> torch.nn.Module:
@@ -174,24 +159,47 @@ def _load_network(folder: Path, dtype: torch.dtype) -> Any:
             f"ComfyUI's Python environment and restart ComfyUI ({error})."
         ) from error
     place = folder / "unet" if (folder / "unet" / "config.json").is_file() else folder
-    config = _read_json(place / "config.json", "config.json")
+    config = read_json(place / "config.json", "config.json")
     _check_config(config)
     weights = sorted(place.glob("*.safetensors"))
     if not weights:
         raise ValueError(_no_weights(place))
+    for index in place.glob("*.index.json"):
+        read_json(index, index.name)
+    shapes = weight_shapes(weights)
+    check_sizes(config, shapes)
+    try:
+        with torch.device("meta"):  # names and shapes, no memory
+            expected = UNet2DModel.from_config(config).state_dict()
+    except Exception as error:  # whatever diffusers' constructors say of settings that do not fit each other
+        raise ValueError(f"config.json: diffusers makes no network of it ({error}). Download the folder again.") from error
+    compare_shapes({key: tuple(tensor.shape) for key, tensor in expected.items()}, shapes, weights[0].name)
     fp16 = all(".fp16." in file.name for file in weights)
-    network, report = UNet2DModel.from_pretrained(
-        str(place), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
-        torch_dtype=dtype, variant="fp16" if fp16 else None, output_loading_info=True,
-    )
-    problems = report["missing_keys"] or report["mismatched_keys"]
-    if problems:
-        raise ValueError(
-            f"{weights[0].name} does not fit its config.json: {len(problems)} tensors are missing or of another shape, "
-            f"the first {sorted(map(str, problems))[0]}. Download the folder again."
+    try:
+        network = UNet2DModel.from_pretrained(
+            str(place), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
+            torch_dtype=dtype, variant="fp16" if fp16 else None,
         )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{weights[0].name}: diffusers cannot load it ({error}). Download the folder again.") from error
+    ruined = next((key for key, tensor in network.state_dict().items() if not is_finite(tensor)), None)
+    if ruined is not None:
+        raise ValueError(f"{weights[0].name}: {ruined} holds NaN or infinite values in {str(dtype).removeprefix('torch.')}. Download it again.")
     logging.info("Pastiche: loaded %s, %.1f M parameters.", folder.name, network.num_parameters() / 1e6)
     return network
+
+
+def _check_schedule(config: dict) -> None:
+    """Raises ValueError for a schedule that would take endless memory, before it is made."""
+    steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= LONGEST:
+        raise ValueError(f"scheduler_config.json: num_train_timesteps is {brief(steps)}, expected 1 to {LONGEST}.")
+    if betas is not None and not (isinstance(betas, list) and 1 <= len(betas) <= LONGEST):
+        raise ValueError(f"scheduler_config.json: trained_betas must be a list of 1 to {LONGEST} numbers; it is {brief(betas)}.")
+    for key in ("beta_start", "beta_end", "clip_sample_range"):
+        value = config.get(key)
+        if value is not None and not (isinstance(value, float) and math.isfinite(value) or isinstance(value, int) and abs(value) <= LONGEST):
+            raise ValueError(f"scheduler_config.json: {key} is {brief(value)}, expected a number.")
 
 
 def _check_config(config: dict) -> None:
@@ -203,11 +211,11 @@ def _check_config(config: dict) -> None:
         found = config.get(key, missing.get(key))
         if found != value:
             raise ValueError(
-                f"config.json: {key} is {found}, expected {value}. This node loads unconditional RGB DDPM models "
+                f"config.json: {key} is {brief(found)}, expected {value}. This node loads unconditional RGB DDPM models "
                 "such as google/ddpm-celebahq-256, google/ddpm-church-256 or google/ddpm-cifar10-32."
             )
-    blocks = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
-    skipping = [block for block in blocks if "Skip" in block]
+    blocks = [block for key in ("down_block_types", "up_block_types") if isinstance(config.get(key), list) for block in config[key]]
+    skipping = [block for block in blocks if "Skip" in str(block)]
     if skipping:
         raise ValueError(f"config.json: {skipping[0]} belongs to score-SDE models, which this node does not load.")
 
@@ -228,31 +236,8 @@ def _scheduler_path(folder: Path) -> Path:
     return inner if inner.is_file() else folder / "scheduler_config.json"
 
 
-def _read_json(path: Path, what: str) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent.name} has no {what}; download the whole model folder.") from None
-    except ValueError as error:
-        raise ValueError(f"{path.parent.name}/{what} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.parent.name}/{what} should hold a JSON object, found {type(value).__name__}.")
-    return value
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
 def choose_dtype(weight_dtype: str) -> torch.dtype:
     if DTYPES[weight_dtype] is not None:
         return DTYPES[weight_dtype]
     dtype = comfy.model_management.unet_dtype(supported_dtypes=[torch.float32])
     return dtype if dtype in DTYPES.values() else torch.float32
-
-
-def roots() -> list[Path]:
-    return [Path(path) for path in folder_paths.get_folder_paths("diffusers")]

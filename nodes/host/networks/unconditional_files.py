@@ -10,9 +10,10 @@ from typing import Any
 import comfy.model_sampling
 import torch
 
-from .unconditional import assemble, choose_dtype, discrete_sampling, list_folders, load_unconditional, roots
+from .unconditional import assemble, choose_dtype, discrete_sampling, load_unconditional
 from .unconditional_checkpoint import EXTENSIONS, Reading, Weights, read_weights
 from .unconditional_flat import FlatUNet
+from .unconditional_folders import list_files, list_folders, roots
 from .unconditional_layouts import Layout, check_shapes, recognise, translate
 from .unconditional_unet import with_core_operations
 
@@ -24,25 +25,15 @@ def list_models() -> list[str]:
     return [*list_folders(), *list_files()]
 
 
-def list_files() -> list[str]:
-    names = set()
-    for root in roots():
-        for pattern in ("*", "*/*"):
-            for path in root.glob(pattern):
-                if path.suffix.lower() not in EXTENSIONS or not path.is_file():
-                    continue
-                part = path.parent.name == "unet" or any((path.parent / name).exists() for name in ("config.json", "model_index.json"))
-                if path.parent == root or not part:
-                    names.add(path.relative_to(root).as_posix())
-    return sorted(names)
-
-
 def find_file(name: str) -> Path | None:
     """The weight file called `name` inside ComfyUI's `diffusers` folders."""
     for root in roots():
         path = root / name
-        if path.suffix.lower() in EXTENSIONS and path.is_file() and root.resolve() in path.resolve().parents:
-            return path
+        try:
+            if path.suffix.lower() in EXTENSIONS and path.is_file() and root.resolve() in path.resolve().parents:
+                return path
+        except (OSError, ValueError):  # a name that no file can have
+            continue
     return None
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...algorithms.inversion import ddim_step
 from ...algorithms.training import loss_weight, output_gain, signal_to_noise, step_generator, weighted_error
+from ..checks import unlike_shapes_told
 from ..networks.neighbours import plain_pass
 from .adapters import Adapters
 from .backward import (
@@ -113,7 +114,8 @@ def train_style_lora(
         loop = _TrainingLoop(images, settings, report, state)
         blank = torch.zeros(settings.batch_size, *images.shape[1:])
         sampling = patched.get_model_object("model_sampling")
-        guider.sample(blank, blank, loop, comfy.samplers.calculate_sigmas(sampling, "simple", PREVIEW_STEPS), seed=0)
+        with unlike_shapes_told("positive"):
+            guider.sample(blank, blank, loop, comfy.samplers.calculate_sigmas(sampling, "simple", PREVIEW_STEPS), seed=0)
         return loop.result
 
 

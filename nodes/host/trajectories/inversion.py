@@ -14,6 +14,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...algorithms.inversion import SCHEMES, Landing, Leg, Predict
 from ...sockets import Trajectory
+from ..checks import unlike_shapes_told
 from ..networks.conditioning import inversion_conditioning
 from ..networks.fingerprint import fingerprint
 from ..networks.marks import require_plain
@@ -63,15 +64,16 @@ def walk_latent(model: ModelPatcher, samples: torch.Tensor, conditioning: list, 
         # Flow models rescale the latent at the first sigma; starting from the given one keeps every model alike.
         return walk(predict, x, report)
 
-    return guider.sample(
-        torch.zeros_like(samples),
-        samples,
-        comfy.samplers.KSAMPLER(sampler_function),
-        sigmas,
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-        disable_pbar=True,
-        seed=0,
-    )
+    with unlike_shapes_told("positive"):
+        return guider.sample(
+            torch.zeros_like(samples),
+            samples,
+            comfy.samplers.KSAMPLER(sampler_function),
+            sigmas,
+            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+            disable_pbar=True,
+            seed=0,
+        )
 
 
 def check_schedule(sigmas: torch.Tensor) -> torch.Tensor:
@@ -107,6 +109,16 @@ def check_latent(latent: dict, what: str = "latent") -> torch.Tensor:
     return samples
 
 
+def require_channels(model: ModelPatcher, samples: torch.Tensor, name: str) -> None:
+    """Raises ValueError for a latent of another kind of model; empty ones get the right channels from core."""
+    wanted = model.get_model_object("latent_format").latent_channels
+    if samples.shape[1] != wanted and bool(samples.any()):
+        raise ValueError(
+            f"{name}: got {samples.shape[1]} channels, but {type(model.model).__name__} works on latents of {wanted}. "
+            "Encode the image with the VAE of this model."
+        )
+
+
 def invert(
     model: ModelPatcher,
     latent: dict,
@@ -135,6 +147,7 @@ def invert(
     require_plain(model, "would change the inversion")
     ascending = check_schedule(sigmas)
     samples = check_latent(latent)
+    require_channels(model, samples, "latent")
     samples = comfy.sample.fix_empty_latent_channels(model, samples)
     conditioning = inversion_conditioning(model, positive)
     sampling = model.get_model_object("model_sampling")

@@ -9,6 +9,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...algorithms.metrics import psnr
 from ...sockets import Trajectory
+from ..checks import HALF, check_tensor
 from ..networks.fingerprint import fingerprint, require_same_model
 from .inversion import reconstruct
 
@@ -25,7 +26,7 @@ def inversion_report(
     original = model.model.process_latent_out(trajectory.latents[0])
     result = reconstruct(model, trajectory, sampler)
     in_latents = psnr(result, original, float(original.max() - original.min()))
-    before, after = (_images(vae.decode(latent)) for latent in (original, result))
+    before, after = (check_tensor(_images(vae.decode(latent)), "vae", HALF) for latent in (original, result))
     difference = (0.5 + amplify * (after - before)).clamp(0, 1)
     return torch.cat([before, after, difference], dim=2), in_latents, psnr(after, before, 1.0)
 

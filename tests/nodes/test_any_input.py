@@ -1,0 +1,43 @@
+"""Whatever a schema allows, every node gives a result without NaN or refuses in a sentence.
+
+PASTICHE_FUZZ=2000 tries that many inputs a node, anew each time; without it few, always the same.
+"""
+
+import asyncio
+import os
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from support import anything
+
+from pastiche.nodes.extension import PasticheExtension
+
+LONG = int(os.environ.get("PASTICHE_FUZZ", "0"))
+NODES = {node.define_schema().node_id: node for node in asyncio.run(PasticheExtension().get_node_list())}
+FEW = {"PasticheTrainStyleLoRA": 8, "PasticheMultiStyleGuider": 12, "PasticheLoadMini": 2, "PasticheLoadUnconditional": 2, "PasticheLoadFastSAM": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files():
+    anything.register_files()
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_every_node_takes_what_its_schema_allows_or_says_why_not(name):
+    node, problems = NODES[name], {}
+
+    @settings(
+        max_examples=LONG or FEW.get(name, 30), derandomize=not LONG, database=None, deadline=None,
+        suppress_health_check=list(HealthCheck), phases=[Phase.generate],
+    )
+    @given(anything.values(node))
+    def tries(arguments):
+        try:
+            anything.run(node, arguments)
+        except Exception as error:
+            problem = anything.complaint(error)
+            if problem:
+                problems.setdefault(problem.partition(": ")[0], f"{problem}\n    {repr(arguments)[:700]}")
+
+    tries()
+    assert not problems, "\n".join(problems.values())
