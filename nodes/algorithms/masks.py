@@ -5,6 +5,8 @@ A MASK is float, (B, H, W), 0 outside and 1 inside; values between are soft edge
 
 from __future__ import annotations
 
+from typing import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,23 +58,29 @@ def _axis_weights(source: int, target: int) -> Tensor:
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-def grow_mask(mask: Tensor, pixels: int) -> Tensor:
+def grow_mask(mask: Tensor, pixels: int, each: Callable[[], None] = lambda: None) -> Tensor:
     """Grow (or with a negative number shrink) masks by a disc of this radius. (B, H, W) -> (B, H, W).
 
     The grey-scale dilation: each pixel takes the largest value within the disc, so soft edges move
-    and stay soft. The image's border neither adds nor takes anything.
+    and stay soft. The image's border neither adds nor takes anything. each: called for every row of the disc; may raise.
     """
     if pixels == 0:
         return mask
     if pixels < 0:
-        return 1 - grow_mask(1 - mask, -pixels)
-    height = mask.shape[1]
+        return 1 - grow_mask(1 - mask, -pixels, each)
+    height, width = mask.shape[1:]
+    margin = min(pixels, width)
     grown = mask.clone()
-    for offset in range(-min(pixels, height - 1), min(pixels, height - 1) + 1):
-        reach = int((pixels * pixels - offset * offset) ** 0.5)
-        row = F.max_pool2d(mask[:, None], (1, 2 * reach + 1), stride=1, padding=(0, reach))[:, 0] if reach else mask
-        target, source = (grown[:, offset:], row[:, : height - offset]) if offset >= 0 else (grown[:, :offset], row[:, -offset:])
-        torch.maximum(target, source, out=target)
+    window, size = F.pad(mask, (margin, margin), value=-torch.inf), 1  # window[x]: the largest of `size` neighbours from x on
+    for offset in range(min(pixels, height - 1), -1, -1):  # from the disc's edge inwards, where it is widest
+        each()
+        reach = min(int((pixels * pixels - offset * offset) ** 0.5), margin)
+        while 2 * size <= 2 * reach + 1:
+            window, size = torch.maximum(window[..., :-size], window[..., size:]), 2 * size
+        left, right = margin - reach, margin + reach + 1 - size
+        row = torch.maximum(window[..., left : left + width], window[..., right : right + width])
+        torch.maximum(grown[:, offset:], row[:, : height - offset], out=grown[:, offset:])
+        torch.maximum(grown[:, : height - offset], row[:, offset:], out=grown[:, : height - offset])
     return grown
 
 

@@ -16,6 +16,7 @@ Point = tuple[float, float]
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 with x1 < x2, y1 < y2
 
 _CORNERS = (("x1", "y1", "x2", "y2"), ("startX", "startY", "endX", "endY"), ("xmin", "ymin", "xmax", "ymax"))
+MOST_POINTS, MOST_BOXES = 100_000, 10_000
 LARGEST = 1e9  # pixels; far outside of any picture, and what is computed from it stays finite
 _NEGATIVE = (0, -1, "0", "-1", "-", "negative", "neg", "background")
 
@@ -81,6 +82,8 @@ def parse_points(value, default_label: int = 1, name: str = "points") -> Points:
         return parse_points({"positive": value[0], "negative": value[1]}, default_label, name)
     if not isinstance(value, list):
         raise ValueError(f"{name}: expected a JSON list of points, got {_brief(value)}.")
+    if len(value) > MOST_POINTS:
+        raise ValueError(f"{name}: {len(value)} points are more than the {MOST_POINTS} that are looked at. A mask tells as much: connect one.")
     positive, negative = [], []
     for item in value:
         x, y, label = _point(item, default_label, name)
@@ -101,6 +104,8 @@ def parse_boxes(value, name: str = "boxes") -> Boxes:
         raise ValueError(f"{name}: expected a JSON list of boxes, got {_brief(value)}.")
     per_image = bool(value) and all(isinstance(item, list) and not _is_box(item) for item in value)
     groups = value if per_image else [value]
+    if max(map(len, groups), default=0) > MOST_BOXES:
+        raise ValueError(f"{name}: {max(map(len, groups))} boxes are more than the {MOST_BOXES} that are looked at an image.")
     return Boxes(tuple(tuple(_box(item, name) for item in group) for group in groups), size)
 
 

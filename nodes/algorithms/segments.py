@@ -152,11 +152,8 @@ def select_points(
     # a negative point inside an object is settled if some removed object takes that point out of it
     separable = ~(barred & ~barred[removed].any(0)).any(1)
     chosen = [number for number in claimed or [] if separable[number]]
-    for column in held.T:
-        pool = column & ~vetoed
-        if not pool.any():
-            pool = column & separable
-        chosen += _among(segments, pool.nonzero()[:, 0], among).tolist()
+    free = held & ~vetoed[:, None]
+    chosen += _taken(segments, torch.where(free.any(0), free, held & separable[:, None]), among)
     return list(dict.fromkeys(chosen)), removed.nonzero()[:, 0].tolist()
 
 
@@ -278,16 +275,19 @@ def _coverage(low: float, high: float, count: int, device) -> Tensor:
     return ((cells + 1).clamp(max=high) - cells.clamp(min=low)).clamp(min=0)
 
 
-def _among(segments: Segments, index: Tensor, among: str) -> Tensor:
-    if among == "all" or not len(index):
-        return index
-    if among == "best":
-        return index[segments.scores[index].argmax()][None]
-    if among == "smallest":
-        return index[segments.areas[index].argmin()][None]
-    if among == "largest":
-        return index[segments.areas[index].argmax()][None]
-    raise ValueError(f'A point takes the "best", "smallest", "largest" or "all" objects, not "{among}".')
+def _taken(segments: Segments, pool: Tensor, among: str) -> list[int]:
+    """Objects that points take of those they may, pool (N, P) bool, in the order of the points; repeats may be in it."""
+    if among == "all":
+        objects = pool.any(1).nonzero()[:, 0]
+        first = pool[objects].float().argmax(1)  # the point that takes an object first
+        return objects[first.argsort(stable=True)].tolist()
+    preferences = {"best": segments.scores, "smallest": -segments.areas, "largest": segments.areas}
+    if among not in preferences:
+        raise ValueError(f'A point takes the "best", "smallest", "largest" or "all" objects, not "{among}".')
+    if not len(pool):
+        return []
+    preference = preferences[among].float()[:, None]
+    return torch.where(pool, preference, -torch.inf).argmax(0)[pool.any(0)].tolist()
 
 
 def _box_iou(boxes: Tensor) -> Tensor:

@@ -102,3 +102,28 @@ def test_contour_is_inside_and_thin():
     line = boundary(shape, 1)
     assert (line & ~shape).sum() == 0 and line[0, 20, 10] and not line[0, 20, 12]
     assert not boundary(torch.ones(1, 5, 5, dtype=torch.bool)).any()
+
+
+@pytest.mark.parametrize("radius", [1, 5, 6, 13, 40])
+def test_growing_is_the_largest_within_the_disc(radius):
+    mask = torch.rand(2, 17, 23, generator=torch.Generator().manual_seed(radius))
+    expected = mask.clone()
+    for y in range(-16, 17):
+        for x in range(-22, 23):
+            if x * x + y * y <= radius * radius:
+                moved = torch.full_like(mask, -torch.inf)
+                moved[:, max(0, y) : 17 + min(0, y), max(0, x) : 23 + min(0, x)] = mask[:, max(0, -y) : 17 - max(0, y), max(0, -x) : 23 - max(0, x)]
+                expected = torch.maximum(expected, moved)
+    assert torch.equal(grow_mask(mask, radius), expected)
+
+
+def test_growing_can_be_cancelled():
+    calls = []
+
+    def cancel():
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        grow_mask(torch.rand(1, 64, 64), -20, cancel)

@@ -52,9 +52,15 @@ def test_size_scales_to_the_image():
         ('[{"x": 1}]', "no point"),
         ('[{"x": "a", "y": 1}]', "finite"),
         ("[[NaN, 1]]", "finite"),
+        ("[[1e308, 1]]", "finite number, or lies beyond"),
+        ("[[" + "9" * 400 + ", 1]]", "finite"),
+        ("[[" + "9" * 5000 + ", 1]]", "no valid JSON"),
+        ("[" * 3000 + "]" * 3000, "no valid JSON"),
+        (str([[1, 2]] * 100_001), "100001 points are more than the 100000"),
         ('{"positives": []}', "positive"),
         ('{"points": [[1, 2]], "labels": [1, 0]}', "same length"),
         ('{"positive": [[1, 2]], "size": [0, 5]}', "size"),
+        ('{"positive": [[1, 2]], "size": [1e-308, 5]}', "size"),
     ],
 )
 def test_bad_points(text, message):

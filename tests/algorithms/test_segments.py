@@ -215,3 +215,34 @@ def test_crescent_keeps_its_number_on_itself():
     crescent = ((x - 32).hypot(y - 32) < 28) & ((x - 42).hypot(y - 32) > 24)
     (x0, y0), *_ = paint_layers([crescent], 64, 64).anchors
     assert crescent[y0, x0] and math.isfinite(x0)
+
+
+def one_by_one(segments, positive, negative, among):
+    """What `select_points` says, point after point."""
+    held, vetoed = contains(segments, positive).tolist(), contains(segments, negative).any(1).tolist()
+    preference = {"best": segments.scores, "smallest": -segments.areas, "largest": segments.areas, "all": segments.scores}[among].tolist()
+    chosen = []
+    for point in range(len(positive)):
+        pool = [number for number in range(len(segments)) if held[number][point] and not vetoed[number]]
+        pool = pool if among == "all" else sorted(pool, key=lambda number: -preference[number])[:1]
+        chosen += [number for number in pool if number not in chosen]
+    return chosen
+
+
+@pytest.mark.parametrize("among", ["best", "smallest", "largest", "all"])
+def test_many_points_at_once_take_what_each_would(among):
+    segments = rectangles(WHOLE, PART, OTHER, (4, 4, 12, 12), scores=[0.6, 0.9, 0.3, 0.95])
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 3, 40):
+        points = [tuple(point) for point in (64 * torch.rand(count, 2, generator=generator)).tolist()]
+        negative = [(46.0, 44.0)]
+        assert select_points(segments, points, negative, among)[0] == one_by_one(segments, points, negative, among)
+
+
+def test_a_hundred_thousand_points_are_looked_at_together(monkeypatch):
+    """One call of each operation on all points, none for each."""
+    calls, argmax = [], torch.Tensor.argmax
+    monkeypatch.setattr(torch.Tensor, "argmax", lambda *args, **kwargs: (calls.append(0), argmax(*args, **kwargs))[1])
+    points = [(float(number % 64), float(number // 64 % 64)) for number in range(100_000)]
+    assert sorted(select_points(rectangles(WHOLE, PART, OTHER), points, among="smallest")[0]) == [0, 1, 2]
+    assert len(calls) == 1

@@ -29,6 +29,7 @@ from .text import PairEncoder, choose_by_text
 
 AUTO, EVERYTHING, POINTS, BOXES, TEXT = "auto", "everything", "points", "boxes", "text"
 RANKS = {"largest": "largest", "most confident": "confident", "most central": "central"}
+BOXES_AT_ONCE = 32  # between two looks at Cancel
 MODES = [AUTO, EVERYTHING, POINTS, BOXES, TEXT, *RANKS]
 
 
@@ -114,6 +115,7 @@ def prompt_masks(
 def _watched(segments: Segments, under: PointMap) -> Iterator[Tensor]:
     """Every object's (H, W) mask, one in memory at a time, shown to `under` on the way."""
     for number in range(len(segments)):
+        comfy.model_management.throw_exception_if_processing_interrupted()
         mask = render_masks(segments, [number])[0]
         under.add(number, mask)
         yield mask
@@ -145,7 +147,10 @@ def choose(segments: Segments, image: Tensor, number: int, prompt: Prompt, encod
     used = [kind for kind in (POINTS, BOXES, TEXT) if given[kind] and prompt.mode in (AUTO, kind)]
     chosen: list[int] = []
     if BOXES in used:
-        chosen += select_boxes(segments, boxes)
+        for start in range(0, len(boxes), BOXES_AT_ONCE):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            chosen += select_boxes(segments, boxes[start : start + BOXES_AT_ONCE])
+        chosen = list(dict.fromkeys(chosen))
     if TEXT in used:
         if encoder is None:
             raise ValueError("text needs a CLIP: connect clip_vision and clip of one CLIP, or choose a clip_folder.")
@@ -167,6 +172,7 @@ def _objects(segments: Segments, chosen: list[int], removed: list[int]) -> Tenso
         return torch.zeros(1, segments.height, segments.width)
     masks = render_masks(segments, chosen)
     for number in removed:
+        comfy.model_management.throw_exception_if_processing_interrupted()
         masks &= ~render_masks(segments, [number])
     return masks.float().cpu()
 
@@ -174,7 +180,7 @@ def _objects(segments: Segments, chosen: list[int], removed: list[int]) -> Tenso
 def _finish(masks: Tensor, finish: Finish) -> Tensor:
     if finish.merge:
         masks = masks.amax(0, keepdim=True)
-    masks = feather_mask(grow_mask(masks, finish.grow), finish.feather)
+    masks = feather_mask(grow_mask(masks, finish.grow, comfy.model_management.throw_exception_if_processing_interrupted), finish.feather)
     return 1 - masks if finish.invert else masks
 
 

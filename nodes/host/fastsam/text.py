@@ -40,6 +40,7 @@ def choose_by_text(segments: Segments, image: Tensor, phrases: list[str], encode
     fill = torch.tensor(encoder.mean, dtype=torch.float32)
     embedded = []
     for start in range(0, len(segments), AT_ONCE):
+        comfy.model_management.throw_exception_if_processing_interrupted()
         part = list(range(start, min(start + AT_ONCE, len(segments))))
         masks = render_masks(segments, part).cpu()
         masks[~masks.any(2).any(1)] = True  # nothing left at full size: the whole image, which fits no phrase well

@@ -30,6 +30,7 @@ class BatchedStyles:
             for key, added in patches.items():
                 grouped.setdefault(key, {})[number] = [(strengths[number] * patch[0], *patch[1:]) for patch in added]
         for key, by_style in grouped.items():
+            comfy.model_management.throw_exception_if_processing_interrupted()
             module, part = _locate(model, key, names[next(iter(by_style))])
             low = {number: _low_rank(module, part, added) for number, added in by_style.items()}
             for number, pair in low.items():
