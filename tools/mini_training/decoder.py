@@ -61,7 +61,7 @@ def strange(latents, std):
     patchy = (torch.rand(len(latents), 1, *latents.shape[2:]) < share).to(latents)
     mixed = torch.lerp(latents, toned.roll(1, 0), patchy * torch.rand(len(latents), 1, 1, 1))
     choice = torch.rand(len(latents), 1, 1, 1) < 0.6
-    noise = 0.5 * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents) * std
+    noise = 0.3 * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents) * std
     return torch.where(choice, torch.lerp(latents, toned, torch.rand(len(latents), 1, 1, 1).sqrt()), mixed) + noise
 
 
@@ -111,7 +111,7 @@ class DecoderTrainer:
         with torch.no_grad():
             z = self.model.encode(x)
             known = count * 5 // 8  # pictures' own latents, some with a little noise: the picture is the target
-            level = 0.2 * torch.rand(known, 1, 1, 1) * (torch.rand(known, 1, 1, 1) < 0.3)
+            level = 0.1 * torch.rand(known, 1, 1, 1) * (torch.rand(known, 1, 1, 1) < 0.2)
             given = torch.cat([z[:known] + level * torch.randn_like(z[:known]) * self.std, strange(z[known:], self.std)])
         y = self.decode(given)
         own, target = y[:known], x[:known]
@@ -171,4 +171,4 @@ class DecoderTrainer:
                     log.write(json.dumps(entry) + "\n")
                     log.flush()
                     self.save()
-                    saved = time.monotonic()
+                    saved = time.process_time()

@@ -110,7 +110,9 @@ def report(weights, assets, work, output, size=256):
     output.mkdir(parents=True, exist_ok=True)
     with safe_open(str(weights), framework="pt") as file:
         steps = int(file.metadata()["steps"])
-    last = loss_curve(work / "unet_log.jsonl", steps, output / "loss.png")
+    log, before = work / "unet_log.jsonl", output / "numbers.json"
+    # a work folder of another stage alone, the decoder's for one, leaves the U-Net's curve as it was
+    last = loss_curve(log, steps, output / "loss.png") if log.exists() else json.loads(before.read_text())["training"]
     contents = sorted((assets / "content").iterdir())
     images = images_at(contents, size)
     decoded = vae.decode(vae.encode(images))
