@@ -23,9 +23,7 @@ ON_DEVICE = [TESTS / "host", TESTS / "nodes"]
 # files of these folders that no tensor of a model passes through: a device changes nothing in them
 WITHOUT_DEVICE = {
     "host/test_files.py": "names and bytes of files",
-    "host/test_fastsam_format.py": "pickle opcodes of a checkpoint, read on the CPU",
-    "host/test_fastsam_text.py": "a tokenizer and its files",
-    "host/test_mini_report.py": "text",
+    "host/test_fastsam_format.py": "checkpoint files, which are read on the CPU",
     "host/test_untouched.py": "what importing does, in processes of its own",
     "host/test_version.py": "version numbers",
     "nodes/test_api_graphs.py": "JSON",
