@@ -120,6 +120,19 @@ def test_three_styles_nest(scene, streams):
     torch.testing.assert_close(attended(scene, model), expected, rtol=1e-5, atol=1e-5)
 
 
+HIDDEN, PROJECTED = "self_attention", "self_attention_qkv"
+
+
+@pytest.mark.parametrize("below, above, layers, said", [
+    (PROJECTED, HIDDEN, f"{FINE}", True), (HIDDEN, PROJECTED, f"6-{FINE}", True),
+    (HIDDEN, HIDDEN, f"{FINE}", False), (PROJECTED, PROJECTED, f"{FINE}", False), (PROJECTED, HIDDEN, "6", False),
+])
+def test_styles_of_both_kinds_of_features_on_one_layer_are_told_once(scene, caplog, below, above, layers, said):
+    model = scene.style(scene.second, scene.style(scene.first, streams=below), streams=above, layers=layers)
+    sample(model, scene.noise, scene.sigmas[:2], scene.positive)
+    assert caplog.text.count("features of the other kind") == said
+
+
 @pytest.mark.parametrize("streams", ["self_attention", "self_attention_qkv"])
 def test_strength_counts_under_a_mask_too(scene, streams):
     """A mask of ones at strength 0.5 is strength 0.5; half a mask halves what it covers."""

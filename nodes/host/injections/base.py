@@ -122,6 +122,11 @@ class Injection:
                 "queries and keys on to the other's replacement.", self.name, ", ".join(sorted(set(places))), self.name,
             )
 
+    def installed_before(self, model: ModelPatcher) -> list["Injection"]:
+        """Those that nodes before this one put on a MODEL."""
+        installed = [wrapper.__self__ for wrapper in model.get_wrappers(WrappersMP.OUTER_SAMPLE, WRAPPERS)]
+        return installed[: installed.index(self)] if self in installed else []
+
     def install(self, model: ModelPatcher) -> ModelPatcher:
         """A clone of `model` that carries this injection, and says so; an untouched one where nothing would change.
 
@@ -170,7 +175,11 @@ class Injection:
 
     def _hint(self, run: SamplingRun, x: Tensor, sigma: float) -> None:
         for sentence in hints(self.expected, run.guider, run.sampler, x, sigma):
-            hint(self.node_id, self.name, sentence)
+            self.say(sentence)
+
+    def say(self, sentence: str) -> None:
+        """Tells the user what can hardly be meant."""
+        hint(self.node_id, self.name, sentence)
 
     def _check(self, guider: Any, noise: Tensor, sigmas: Tensor) -> None:
         for source in self.sources:

@@ -21,6 +21,10 @@ from .schedule import SigmaRange, current_sigma, sigma_range
 HIDDEN = ("self_attention",)
 PROJECTED = ("self_attention_q", "self_attention_k", "self_attention_v")
 SAME_SIZE = "Invert and sample the content at one size (the style may differ), and see that the two are not swapped."
+OTHER_KIND = (
+    "another Style Injection changes the same layers with features of the other kind (self_attention, self_attention_qkv). The two are "
+    "not blended: self_attention_qkv lies on top whatever the order. Capture both with the same streams."
+)
 STYLED = "pastiche_styled"  # in options: the attention of another Style Injection's own queries and keys is being computed
 
 
@@ -89,6 +93,11 @@ class StylePatches(Injection):
 
     def check(self, guider: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> None:
         self.warn_of_losses(self._lost(guider.model_options["transformer_options"]))
+        if any(self._is_of_other_kind(earlier) for earlier in self.installed_before(guider.model_patcher)):
+            self.say(OTHER_KIND)
+
+    def _is_of_other_kind(self, other: Injection) -> bool:
+        return isinstance(other, StylePatches) and other.projected != self.projected and not {*other.slots}.isdisjoint(self.slots)
 
     def _run(self, options: dict) -> SamplingRun | None:
         """The sampling run if this layer and step are to be changed, else None."""
