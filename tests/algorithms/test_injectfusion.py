@@ -203,6 +203,7 @@ def test_injecting_steps():
     assert injecting_steps(sigmas(10), sigmas(10), sigmas(10)[4]) == list(range(5))  # t_edit's own step injects
     assert injecting_steps(sigmas(5), sigmas(50), 0.0) == list(range(5))  # fewer: all
     assert injecting_steps(sigmas(10) + [0.0], sigmas(10), 0.0) == list(range(10))  # sigma 0 has no prediction
+    assert injecting_steps([3.0, 2.0, 1.5, 1.0], [2.0, 0.0], 0.0) == [1]  # nor features
     assert injecting_steps(sigmas(10), sigmas(10), 100.0) == []
     dense, sparse = sigmas(46), sigmas(10)
     chosen = injecting_steps(dense, sparse, 0.0)

@@ -84,6 +84,14 @@ def test_fixed_point_solves_the_step_so_that_the_sampler_undoes_it():
     assert (ddim_step(solved.x, denoise(solved.x, step.sigma_next), step.sigma_next, step.sigma) - x).abs().max() < 1e-6
 
 
+def test_fixed_point_asks_first_at_the_guess_of_predicted():
+    x, eps = torch.randn(2, 1, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    denoise, asked = counted(predict(0.5))
+    step_fixed_point(denoise, x, leg(0.3, 1.0, iterations=1, eps=eps))
+    torch.testing.assert_close(asked[0][0], x + 0.7 * eps)
+    assert asked[0][1] == 1.0
+
+
 def residuals(denoise, x, y, step):
     return (y - x - step.step * noise_prediction(y, denoise(y, step.sigma_next), step.sigma_next)).flatten(1).norm(dim=1)
 
