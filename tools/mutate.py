@@ -17,6 +17,7 @@ import ast
 import difflib
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
@@ -204,6 +205,7 @@ class Copy:
                 shutil.copy(ROOT / name, folder / name)
         self._files = [name for name in listed if name.endswith(".py") and (folder / name).is_file()]
         self._right: dict[str, bool] = {}
+        self._seconds = int(time.time())
 
     def _digest(self, *beginnings: str) -> str:
         found = hashlib.sha256()
@@ -243,6 +245,12 @@ class Copy:
         print(done.stdout.rstrip().splitlines()[-1], flush=True)
         return json.loads(made.read_text())
 
+    def write(self, path: Path, source: bytes) -> None:
+        """A file's new content, with a time of its own: Python knows compiled files by size and whole seconds."""
+        (self.root / path).write_bytes(source)
+        self._seconds += 1
+        os.utime(self.root / path, (self._seconds, self._seconds))
+
     def run(self, tests: list[str], limit: float) -> str:
         """ "" when they pass, else the id of the first test that failed, or "timeout", or pytest's last line."""
         command = [str(self.host.python), "-m", "pytest", "-c", "tests/pytest.ini", "-q", "-x", "-p", "no:cacheprovider", "-rfE",
@@ -263,7 +271,7 @@ class Copy:
         return self._right[test]
 
     def _variables(self) -> dict[str, str]:
-        return {**self.host.variables(), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        return {**self.host.variables(), "OMP_NUM_THREADS": "1"}
 
 
 def examine(copy: Copy, mutation: Mutation, profile: Profile, most: float) -> tuple[str, str]:
@@ -271,13 +279,12 @@ def examine(copy: Copy, mutation: Mutation, profile: Profile, most: float) -> tu
     tests = profile.tests(mutation)
     if not tests:
         return "no tests", ""
-    target = copy.root / mutation.path
-    source = target.read_bytes()
+    source = (copy.root / mutation.path).read_bytes()
     try:
-        target.write_bytes(mutation.apply(source))
+        copy.write(mutation.path, mutation.apply(source))
         failed = copy.run(tests, min(most, 60 + 10 * sum(profile.seconds[test] for test in tests)))
     finally:
-        target.write_bytes(source)
+        copy.write(mutation.path, source)
     if failed in profile.seconds and not copy.passes(failed, most):
         return "fails without it", failed
     return "caught" if failed else "survived", failed

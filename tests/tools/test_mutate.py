@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,9 @@ class Fake:
     def __init__(self, root, word):
         self.root, self.word = root, word
 
+    def write(self, path, source):
+        (self.root / path).write_bytes(source)
+
     def run(self, tests, limit):
         return "" if self.word in (self.root / "nodes" / "a.py").read_text() else tests[-1]
 
@@ -109,6 +113,18 @@ def test_a_mistake_is_judged_by_its_tests_and_taken_back(mutate, tmp_path, word,
     file = {"tests": {ONE: 0.1}, "lines": {"nodes/a.py": {"2": [0]}}}
     assert mutate.examine(Fake(tmp_path, word), mutation, mutate.Profile({"host/test_a.py": file}), 60) == expected
     assert (tmp_path / "nodes" / "a.py").read_bytes() == source
+
+
+def test_every_content_of_a_file_has_a_second_of_its_own(mutate, tmp_path, monkeypatch):
+    """Compiled files of mistakes of one length, made within a second, would be taken for each other."""
+    monkeypatch.setattr(mutate.subprocess, "run", lambda *_, **__: types.SimpleNamespace(stdout=b""))
+    copy = mutate.Copy(tmp_path, None)
+    times = []
+    for text in (b"a + b", b"a - b", b"a + b"):
+        copy.write(Path("a.py"), text)
+        times.append(int((tmp_path / "a.py").stat().st_mtime))
+        assert (tmp_path / "a.py").read_bytes() == text
+    assert len(set(times)) == 3
 
 
 def test_a_line_that_no_test_executes_is_said(mutate):
