@@ -21,6 +21,7 @@ from ..sockets import FeatureBank, Trajectory
 
 HALF = "The usual cause is half precision: use a fp16-fixed VAE, or start ComfyUI with --fp32-vae."
 MISFIT = re.compile(r"shapes cannot be multiplied|expected input\[|must match|Expected size|is invalid for input|to have \d+ channels|the size of tensor", re.I)
+MOST, BRIGHTEST = 1e9, 1e6  # of any tensor, and of pictures and masks: what is squared and summed stays finite in float32
 REMAKE = "Make it again with DDIM Inversion."
 
 
@@ -70,20 +71,36 @@ def check_input(part: Any, value: Any) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a dense tensor holds no NaN and no infinity, in one pass and without a copy."""
-    if not tensor.numel() or not tensor.is_floating_point():
-        return True
-    if tensor.dtype.itemsize == 1:  # no kernel for float8
+    return not tensor.is_floating_point() or math.isfinite(largest(tensor))
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest absolute value, NaN where there is one; 0 for nothing."""
+    if not tensor.numel() or tensor.dtype == torch.bool:
+        return 0.0
+    if tensor.dtype.itemsize == 1 and tensor.is_floating_point():  # no kernel for float8
         tensor = tensor.half()
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+    return float(torch.stack(torch.aminmax(tensor)).double().abs().max())
 
 
-def check_tensor(tensor: Any, name: str, cure: str = "", rank: tuple[int, ...] = ()) -> Tensor:
-    """Raises ValueError for what is no dense tensor of real numbers, for an empty one, and for NaN. rank: those allowed."""
+def kind_of_tensor(tensor: Tensor) -> str:
+    """In a word, why there is nothing to compute with; "" for a dense tensor of real numbers."""
+    kinds = {
+        "nested": tensor.is_nested, "sparse": tensor.layout != torch.strided, "meta": tensor.is_meta,
+        "quantised": tensor.is_quantized, "complex": tensor.is_complex(),
+    }
+    return next((kind for kind, found in kinds.items() if found), "")
+
+
+def check_tensor(tensor: Any, name: str, cure: str = "", rank: tuple[int, ...] = (), limit: float = MOST) -> Tensor:
+    """Raises ValueError for what is no dense tensor of real numbers, for an empty one, for NaN and for values beyond `limit`.
+
+    rank: numbers of dimensions that are allowed.
+    """
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}. {cure}".rstrip())
-    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
-        kind = ("nested" if tensor.is_nested else "meta" if tensor.is_meta else "quantised" if tensor.is_quantized
-                else "complex" if tensor.is_complex() else "sparse")
+    kind = kind_of_tensor(tensor)
+    if kind:
         raise ValueError(f"{name}: a {kind} tensor holds nothing to compute with; a dense one of real numbers is needed. {cure}".rstrip())
     if rank and tensor.ndim not in rank:
         raise ValueError(f"{name}: expected {' or '.join(map(str, rank))} dimensions, got shape {tuple(tensor.shape)}. {cure}".rstrip())
@@ -91,14 +108,17 @@ def check_tensor(tensor: Any, name: str, cure: str = "", rank: tuple[int, ...] =
         raise ValueError(f"{name}: got a batch of 0, connect at least one.")
     if not tensor.numel():
         raise ValueError(f"{name}: got nothing, its shape is {tuple(tensor.shape)}. {cure}".rstrip())
-    if not is_finite(tensor):
+    reach = largest(tensor)
+    if not math.isfinite(reach):
         raise ValueError(f"{name}: holds NaN or infinite values. {cure}".rstrip())
+    if reach > limit:
+        raise ValueError(f"{name}: holds values up to {reach:.3g}, which overflow; expected at most {limit:g}. {cure}".rstrip())
     return tensor
 
 
 def check_image(image: Any, name: str) -> None:
     """IMAGE: (B, H, W, C) with C at least 3."""
-    check_tensor(image, name, HALF, (4,))
+    check_tensor(image, name, "A picture's values are 0 to 1. " + HALF, (4,), BRIGHTEST)
     if image.shape[-1] < 3:
         raise ValueError(
             f"{name}: got {image.shape[-1]} channels in shape {tuple(image.shape)}, expected 3 (red, green, blue). "
@@ -108,7 +128,7 @@ def check_image(image: Any, name: str) -> None:
 
 def check_mask(mask: Any, name: str) -> None:
     """MASK: (B, H, W) or (H, W)."""
-    check_tensor(mask, name, "A mask is 0 outside and 1 inside.", (2, 3))
+    check_tensor(mask, name, "A mask is 0 outside and 1 inside.", (2, 3), BRIGHTEST)
 
 
 def check_samples(latent: dict, name: str) -> None:

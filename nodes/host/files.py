@@ -69,6 +69,20 @@ def atomic_write(target: Path, durable: bool = True, replace: bool = True) -> It
         partial.discard()
 
 
+def refuse_web_page(path: str | os.PathLike) -> None:
+    """Raises ValueError where a download got a page, or Git LFS's note, in a model's place. Unreadable files pass: their reader tells."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    except (OSError, ValueError):
+        return
+    name = os.path.basename(path)
+    if begin.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
+        raise ValueError(f"{name} is a web page, not a model: the link led to a page about the file. Download the file itself.")
+    if begin.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{name} is a note of Git LFS, not a model: run `git lfs pull`, or download the file itself.")
+
+
 def register_models_folder(key: str, extensions: Iterable[str], *folders: str | os.PathLike) -> None:
     """Makes folders (models/<key> if none is named) known to ComfyUI under a key that lists these extensions only."""
     for folder in folders or (os.path.join(folder_paths.models_dir, key),):

@@ -327,7 +327,7 @@ def test_a_compressed_archive_is_refused(checkpoint, tmp_path):
 
 def test_a_web_page_is_told(tmp_path):
     (tmp_path / "page.pt").write_text("<!doctype html><title>404</title>")
-    with pytest.raises(ValueError, match="page.pt cannot be read.*web page"):
+    with pytest.raises(ValueError, match="page.pt is a web page, not a model"):
         read_checkpoint(str(tmp_path / "page.pt"))
 
 
@@ -343,3 +343,36 @@ def test_other_packs_allow_lists_change_nothing_and_stay(checkpoint):
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
+
+
+def test_weights_that_are_no_numbers_are_told(checkpoint, tmp_path):
+    for value, message in ((float("nan"), "holds NaN or infinite"), (float("inf"), "holds NaN or infinite")):
+        weights = read_checkpoint(str(checkpoint))
+        weights.state["model.4.cv1.bn.weight"][0] = value
+        save_safetensors(weights, str(tmp_path / "a.safetensors"))
+        with pytest.raises(ValueError, match=f"a.safetensors: model.4.cv1.bn.weight {message}"):
+            read_checkpoint(str(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("change, kind", [
+    (lambda tensor: tensor.to("meta"), "meta"), (lambda tensor: tensor.float().to_sparse(), "sparse"),
+    (lambda tensor: torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape), "repeated"), (lambda tensor: tensor.to(torch.complex64), "complex"),
+])
+def test_tensors_that_hold_nothing_are_told(checkpoint, change, kind):
+    weights = read_checkpoint(str(checkpoint))
+    weights.state["model.4.cv1.bn.weight"] = change(weights.state["model.4.cv1.bn.weight"])
+    with pytest.raises(ValueError, match=f"model.4.cv1.bn.weight is a {kind} tensor"):
+        fastsam_format._check_tensors(weights, "file.pt")
+
+
+def test_a_network_that_computes_nan_is_told():
+    class Broken:
+        size, fixed_size = 64, None
+
+        def __call__(self, picture):
+            return torch.full((37, 4), float("nan")), torch.zeros(32, 16, 16)
+
+    from pastiche.nodes.host.fastsam.model import FastSAM
+
+    with pytest.raises(ValueError, match="fastsam: broken.pt computes NaN"):
+        FastSAM("broken.pt", Broken()).segment(torch.rand(64, 64, 3))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import types
 
 import comfy.clip_vision
@@ -187,3 +188,35 @@ def test_half_a_clip():
     with pytest.raises(ValueError, match="clip_vision is not connected"):
         sam.text_encoder(None, clip)
     assert sam.text_encoder() is None
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("config.json", '{"vision_config": {"num_hidden_layers": 1000000000}}', "num_hidden_layers is more than any CLIP has"),
+    ("config.json", '{"text_config": {"hidden_size": 1000000000000}}', "hidden_size is more than any CLIP has"),
+    ("config.json", "[" * 3000, "config.json cannot be read"),
+    ("config.json", "[]", "not an object"),
+    ("preprocessor_config.json", '{"image_mean": "x"}', "image_mean and image_std must be three numbers"),
+    ("preprocessor_config.json", '{"image_std": [0, 0, 0]}', "image_mean and image_std must be three numbers"),
+    ("model.safetensors", "<html>", "no complete CLIP folder"),
+])
+def test_a_hostile_clip_folder_is_told(clip_folder, tmp_path, file, content, message):
+    folder = tmp_path / "clip"
+    shutil.copytree(clip_folder, folder)
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        FolderEncoder(str(folder))
+
+
+def test_embeddings_that_are_nan_are_told(image):
+    class Blind:
+        size, mean = SIZE, (0.5, 0.5, 0.5)
+
+        def embed_images(self, images):
+            return torch.full((len(images), 4), float("nan"))
+
+        def embed_texts(self, texts):
+            return torch.ones(len(texts), 4)
+
+    segments = FastSAM("drawn", Drawn(HOUSE)).segment(image)
+    with pytest.raises(ValueError, match="clip_vision: holds NaN"):
+        fastsam_text.choose_by_text(segments, image, ["house"], Blind(), 1)

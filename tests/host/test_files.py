@@ -138,3 +138,21 @@ def test_a_registered_folder_lists_its_extensions_only(tmp_path, monkeypatch):
     assert folder_paths.get_filename_list("pastiche_test") == ["a.pt", "b.safetensors"]
     register_models_folder("pastiche_default", {".pt"})
     assert folder_paths.get_folder_paths("pastiche_default") == [os.path.join(folder_paths.models_dir, "pastiche_default")]
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"\n <!DOCTYPE html><html>", "x.pt is a web page, not a model"), (b"\xef\xbb\xbf<HTML>", "is a web page"), (b"<?xml version='1.0'?>", "is a web page"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "is a note of Git LFS"),
+])
+def test_a_page_in_a_models_place_is_told(tmp_path, content, message):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        files.refuse_web_page(tmp_path / "x.pt")
+
+
+def test_what_is_no_page_passes(tmp_path):
+    for content in (b"", b"PK\x03\x04", (60).to_bytes(8, "little") + b'{"a":{}}', b"<\0\0\0\0\0\0\0{}"):
+        (tmp_path / "x").write_bytes(content)
+        files.refuse_web_page(tmp_path / "x")
+    files.refuse_web_page(tmp_path / "missing")
+    files.refuse_web_page("nul\0")

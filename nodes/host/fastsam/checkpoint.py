@@ -30,7 +30,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import atomic_write
+from ..checks import is_finite, kind_of_tensor
+from ..files import atomic_write, refuse_web_page
 
 FORMAT = "yolov8-seg"
 MASKS = 32  # prototypes, and mask coefficients per detection
@@ -167,6 +168,7 @@ class SegmenterWeights:
 def read_checkpoint(path: str) -> SegmenterWeights:
     """Weights of a one-class YOLOv8-seg file. Raises ValueError with a sentence for anything else."""
     name = os.path.basename(path)
+    refuse_web_page(path)
     extension = os.path.splitext(path)[1].lower()
     if extension == ".safetensors":
         weights = _read_safetensors(path, name)
@@ -328,7 +330,13 @@ def _sane(depth: float, width: float, most: float, size: int, name: str) -> tupl
 
 
 def _check_tensors(weights: SegmenterWeights, name: str) -> None:
-    """Class and prototype counts; the rest is checked when the network is filled."""
+    """Class and prototype counts, and whether there are numbers in all of it; shapes are checked when the network is filled."""
+    for key, tensor in weights.state.items():
+        kind = kind_of_tensor(tensor)
+        if kind or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise ValueError(f"{name}: {key[:80]} is a {kind or 'repeated'} tensor of shape {tuple(tensor.shape)}, not the weights themselves.")
+        if not is_finite(tensor):
+            raise ValueError(f"{name}: {key[:80]} holds NaN or infinite values; the file is damaged. Download it again.")
     scores = weights.state.get("model.22.cv3.0.2.weight")
     coefficients = weights.state.get("model.22.cv4.0.2.weight")
     prototypes = weights.state.get("model.22.proto.cv3.conv.weight")

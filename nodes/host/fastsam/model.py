@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...algorithms.segments import Segments, decode_segments
-from ..files import register_models_folder
+from ..checks import is_finite
+from ..files import refuse_web_page, register_models_folder
 from .checkpoint import read_checkpoint
 from .network import STRIDE, OnnxNetwork, TorchNetwork
 from .text import NO_FOLDER, CoreEncoder, FolderEncoder, PairEncoder, find_clip_folder
@@ -83,7 +84,10 @@ class FastSAM:
         key = f"{digest} {height}x{width} {padded}"
         if key not in self._answers:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            self._remember(key, *self.network(_letterbox(image, inner, padded)))
+            answer = self.network(_letterbox(image, inner, padded))
+            if not all(map(is_finite, answer)):
+                raise ValueError(f"fastsam: {self.name} computes NaN for this image; the file is damaged, or half precision is too little for it.")
+            self._remember(key, *answer)
         self._answers.move_to_end(key)
         prediction, prototypes = self._answers[key]
         stride = padded[0] / prototypes.shape[1]
@@ -121,6 +125,7 @@ def load_fastsam(name: str) -> FastSAM:
     """A FastSAM of `list_fastsam`'s names, ready to segment."""
     path = find_fastsam(name)
     if path.lower().endswith(".onnx"):
+        refuse_web_page(path)
         return FastSAM(name, OnnxNetwork(path))
     return FastSAM(name, TorchNetwork(read_checkpoint(path), os.path.basename(path)))
 

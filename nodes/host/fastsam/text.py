@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 import comfy.model_management
 import folder_paths
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ...algorithms.segments import Segments, crop_objects, rank_by_similarity, render_masks
+from ..checks import check_tensor
 from ..whole_models import WholeModelPatcher
 
 FOLDERS = ("text_encoders", "clip_vision")
 NO_FOLDER = "none"
 WEIGHTS = "model.safetensors"
+LARGEST_JSON, MOST_LAYERS, MOST_SIZE = 1 << 20, 256, 1 << 20
 AT_ONCE = 16  # crops embedded together
 
 
@@ -45,7 +48,10 @@ def choose_by_text(segments: Segments, image: Tensor, phrases: list[str], encode
         masks = render_masks(segments, part).cpu()
         masks[~masks.any(2).any(1)] = True  # nothing left at full size: the whole image, which fits no phrase well
         embedded.append(encoder.embed_images(crop_objects(image[..., :3].cpu().float(), masks, encoder.size, fill)).cpu())
-    return rank_by_similarity(torch.cat(embedded), encoder.embed_texts(phrases).cpu(), count)
+    images, texts = torch.cat(embedded), encoder.embed_texts(phrases).cpu()
+    for name, vectors in (("clip_vision", images), ("clip", texts)):
+        check_tensor(vectors, name, "Its weights are damaged, or overflow in half precision.")
+    return rank_by_similarity(images, texts, count)
 
 
 class CoreEncoder:
@@ -98,11 +104,14 @@ class FolderEncoder:
     def __init__(self, path: str):
         from transformers import AutoTokenizer, CLIPModel
 
+        _check_config(path)
         try:
             model = CLIPModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
             self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{os.path.basename(path)} is no complete CLIP folder of transformers: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            if comfy.model_management.is_oom(error):
+                raise
+            raise ValueError(f"{os.path.basename(path)} is no complete CLIP folder of transformers ({error}).") from error
         self.size = model.config.vision_config.image_size
         self.mean, self.deviation = _normalisation(path)
         self.patcher = WholeModelPatcher(
@@ -157,7 +166,36 @@ def _normalisation(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     file = os.path.join(path, "preprocessor_config.json")
     if os.path.isfile(file):
+        notes = _read_json(file)
+        mean, deviation = notes.get("image_mean", mean), notes.get("image_std", deviation)
+        if not _three_of(mean, 0) or not _three_of(deviation, 1e-3):
+            raise ValueError(f"{os.path.basename(path)}/preprocessor_config.json: image_mean and image_std must be three numbers each, at most 2.")
+    return tuple(mean), tuple(deviation)
+
+
+def _three_of(values: Any, least: float) -> bool:
+    return isinstance(values, (list, tuple)) and len(values) == 3 and all(isinstance(v, (int, float)) and least <= v <= 2 for v in values)
+
+
+def _check_config(path: str) -> None:
+    """Raises ValueError for sizes that no CLIP has, before a network is made of them."""
+    pending = [_read_json(os.path.join(path, "config.json"))]
+    while pending:
+        for key, value in pending.pop().items():
+            if isinstance(value, dict):
+                pending.append(value)
+            elif isinstance(value, int) and abs(value) > (MOST_LAYERS if "layers" in key or "heads" in key else MOST_SIZE):
+                raise ValueError(f"{os.path.basename(path)}/config.json: {key[:40]} is more than any CLIP has. Download the folder again.")
+
+
+def _read_json(file: str) -> dict:
+    try:
+        if os.path.getsize(file) > LARGEST_JSON:
+            raise ValueError(f"more than {LARGEST_JSON} bytes")
         with open(file, encoding="utf-8") as handle:
             notes = json.load(handle)
-        mean, deviation = tuple(notes.get("image_mean", mean)), tuple(notes.get("image_std", deviation))
-    return mean, deviation
+        if not isinstance(notes, dict):
+            raise ValueError(f"a {type(notes).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{os.path.basename(os.path.dirname(file))}/{os.path.basename(file)} cannot be read ({error}). Download the folder again.") from error
+    return notes

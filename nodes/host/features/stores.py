@@ -18,7 +18,7 @@ import torch
 
 from ...sockets import FeatureKey
 from ..checks import is_finite
-from ..files import PartialFile
+from ..files import PartialFile, refuse_web_page
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -149,6 +149,7 @@ def _close(handle: BinaryIO, path: Path | None) -> None:
 
 def open_safetensors(path: Path):
     """Opens a file for reading; ValueError when it is truncated or no safetensors file."""
+    refuse_web_page(path)
     try:
         return safetensors.safe_open(str(path), framework="pt", device="cpu")
     except (safetensors.SafetensorError, OSError) as error:

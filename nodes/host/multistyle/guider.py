@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...algorithms.masks import resize_mask
 from ...sockets import StyleEntry
-from ..checks import unlike_shapes_told
+from ..checks import check_lora, unlike_shapes_told
+from ..files import refuse_web_page
 from ..networks.neighbours import run_uncompiled
 from ..injections.style_rows import RowPatches
 from ..references.install import reference_rows
@@ -111,9 +112,21 @@ def style_entry(lora_name: str, **fields: Any) -> StyleEntry:
             f"start_percent {fields['start_percent']} lies after end_percent {fields['end_percent']}: swap them."
         )
     if lora_name != "none":
-        path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        return StyleEntry(**{**fields, "lora": comfy.utils.load_torch_file(path, safe_load=True)}, name=lora_name)
+        return StyleEntry(**{**fields, "lora": _read_lora(lora_name)}, name=lora_name)
     return StyleEntry(**fields)
+
+
+def _read_lora(name: str) -> dict[str, Tensor]:
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        raise ValueError(f"lora_name: {ascii(name[:80])} is not in models/loras. Put it there and refresh.")
+    refuse_web_page(path)
+    try:
+        lora = comfy.utils.load_torch_file(path, safe_load=True)
+    except Exception as error:  # core and torch raise a different type for each way a file is broken
+        raise ValueError(f"lora_name: {name} cannot be read; it may be truncated. Download it again. ({str(error)[:200]})") from error
+    check_lora(lora, f"lora_name ({name})")
+    return lora
 
 
 def multi_style_guider(

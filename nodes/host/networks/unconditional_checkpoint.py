@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..checks import is_finite, kind_of_tensor
+from ..files import refuse_web_page
 from .unconditional_layouts import HEADS, ORDERS, Layout
 
 PICKLES = (".pt", ".pth", ".ckpt")
@@ -79,6 +81,7 @@ class Weights:
 def read_weights(path: Path) -> Weights:
     """Raises ValueError, in a sentence with the file's name, for files that are broken, dangerous or hold no weights."""
     name = path.name
+    refuse_web_page(path)
     if path.suffix.lower() == ".safetensors":
         state, notes, averaged = *_read_safetensors(path), False
     elif path.suffix.lower() in PICKLES:
@@ -88,10 +91,12 @@ def read_weights(path: Path) -> Weights:
         raise ValueError(f"{name}: unconditional weights are read from {', '.join(EXTENSIONS)} files.")
     state = _unwrapped(state)
     for key, tensor in state.items():
-        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_quantized:
+        if not tensor.is_floating_point() or kind_of_tensor(tensor):
             raise ValueError(f"{name}: {key[:80]} is {tensor.dtype}, expected plain floating-point weights.")
         if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise ValueError(f"{name}: {key[:80]} claims {tuple(tensor.shape)}, more than the file holds of it.")
+        if not is_finite(tensor):
+            raise ValueError(f"{name}: {key[:80]} holds NaN or infinite values; the file is damaged. Download it again.")
     return Weights(state, notes, averaged)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Iterator
 import folder_paths
 from safetensors import SafetensorError, safe_open
 
+from ..files import refuse_web_page
 from .unconditional_checkpoint import EXTENSIONS
 
 LARGEST_CONFIG = 1 << 20  # bytes; real ones have 1 kB
@@ -137,6 +138,7 @@ def weight_shapes(files: list[Path]) -> Shapes:
     """Names and shapes of the tensors in safetensors files, whose headers alone are read. Raises ValueError for damaged ones."""
     shapes: Shapes = {}
     for path in files:
+        refuse_web_page(path)
         try:
             with safe_open(str(path), framework="pt") as file:
                 shapes.update({_of_today(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()})
