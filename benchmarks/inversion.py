@@ -1,6 +1,6 @@
 """Round trips of held-out photos with the mini model: reconstruction against the VAE's own decode.
 
-    python benchmarks/inversion.py ASSETS [--photos 4] [--size 256] [--table FILE]
+    python benchmarks/inversion.py ASSETS [--architecture unet] [--photos 4] [--size 256] [--table FILE]
 """
 
 import argparse
@@ -19,16 +19,19 @@ from support.sampling import schedule
 # scheme, steps, tolerance of fixed_point
 RUNS = (("current", 50, None), ("next", 20, None), ("next", 50, None), ("midpoint", 20, None), ("predicted", 10, None),
         ("predicted", 20, None), ("fixed_point", 20, 1e-3), ("fixed_point", 20, 1e-4))
+RUNS_OF_TRANSFORMERS = tuple((scheme, 20, None) for scheme in ("next", "predicted")) + (("fixed_point", 20, 1e-4),)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("assets", type=Path)
+    parser.add_argument("--architecture", default="unet", choices=("unet", "transformer"))
     parser.add_argument("--photos", type=int, default=4)
     parser.add_argument("--size", type=int, default=256)
     add_outputs(parser)
     options = parser.parse_args()
-    model, vae, kinds = load_mini()
+    model, vae, kinds = load_mini(architecture=options.architecture)
+    runs = RUNS if options.architecture == "unet" else RUNS_OF_TRANSFORMERS
     counted = 0
 
     def count(apply_model, args):
@@ -39,11 +42,11 @@ def main():
     model = model.clone()
     model.set_model_unet_function_wrapper(count)
     images, _ = pictures(options.assets, options.size, options.photos)
-    quality, evaluations, seconds = ([[] for _ in RUNS] for _ in range(3))
+    quality, evaluations, seconds = ([[] for _ in runs] for _ in range(3))
     for image in images.movedim(1, -1):  # BCHW -> BHWC
         latent = vae.encode(image[None])
         target = vae.decode(latent).cpu()
-        for i, (scheme, steps, tolerance) in enumerate(RUNS):
+        for i, (scheme, steps, tolerance) in enumerate(runs):
             settings = {} if tolerance is None else {"tolerance": tolerance}
             counted, started = 0, time.process_time()
             _, trajectory = invert(model, {"samples": latent}, schedule(model, steps), kinds["empty"], scheme, **settings)
@@ -52,7 +55,7 @@ def main():
             quality[i].append(psnr(vae.decode(reconstruct(model, trajectory)).cpu(), target, 1.0))
             print(scheme, steps, tolerance, evaluations[i][-1], f"{quality[i][-1]:.1f} dB", flush=True)
     text = [
-        f"# Inversion round trip, mini model, {options.size} px",
+        f"# Inversion round trip, mini {'model' if options.architecture == 'unet' else options.architecture}, {options.size} px",
         "",
         "PSNR in dB of what core's euler sampler makes of the NOISE, against the VAE's decode; the inversion's network evaluations "
         f"and CPU seconds are means. {setup_host.hardware()}.",
@@ -60,7 +63,7 @@ def main():
         "| scheme | steps | evaluations | CPU, s | " + " | ".join(name.split(".")[0] for name in CONTENTS[: options.photos]) + " | **mean** |",
         "|---|---|---|---|" + "---|" * (options.photos + 1),
     ]
-    for (scheme, steps, tolerance), dB, counts, spent in zip(RUNS, quality, evaluations, seconds):
+    for (scheme, steps, tolerance), dB, counts, spent in zip(runs, quality, evaluations, seconds):
         name = scheme if tolerance is None else f"{scheme}, tolerance {tolerance:.0e}"
         text.append(
             f"| {name} | {steps} | {mean(counts):.0f} | {mean(spent):.1f} | " + " | ".join(f"{value:.1f}" for value in dB)

@@ -104,7 +104,8 @@ PREPARE = """(models) => {
         const [width, height] = node.computeSize();
         node.setSize([Math.max(width, 230), height]);
         for (const widget of node.widgets ?? []) if (widget.name === "control_after_generate") widget.value = "fixed";
-        if (models[node.type]) node.properties.models = [models[node.type]];
+        const named = (node.widgets ?? []).map((widget) => models[widget.value]).filter(Boolean);
+        if (named.length) node.properties.models = named;
     }
 }"""
 

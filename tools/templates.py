@@ -21,7 +21,27 @@ CHURCH = {
     "name": "ddpm-church-256", "directory": "diffusers",
     "url": "https://huggingface.co/google/ddpm-church-256/resolve/main/diffusion_pytorch_model.safetensors",
 }
-MODELS = {"CheckpointLoaderSimple": SD15, "PasticheLoadFastSAM": FASTSAM, "PasticheLoadUnconditional": CHURCH}
+
+
+def _file(directory: str, repository: str, path: str) -> dict[str, str]:
+    return {"name": path.rpartition("/")[2], "directory": directory, "url": f"https://huggingface.co/{repository}/resolve/main/{path}"}
+
+
+QWEN, Z_IMAGE = "Comfy-Org/Qwen-Image_ComfyUI", "Comfy-Org/z_image_turbo"
+# What a loader names is looked up here: where it comes from and belongs, as ComfyUI's own templates have it
+MODELS = {model["name"]: model for model in (
+    SD15, FASTSAM, CHURCH,
+    _file("diffusion_models", "Comfy-Org/flux1-dev", "flux1-dev.safetensors"),
+    _file("text_encoders", "comfyanonymous/flux_text_encoders", "clip_l.safetensors"),
+    _file("text_encoders", "comfyanonymous/flux_text_encoders", "t5xxl_fp16.safetensors"),
+    _file("vae", "Comfy-Org/Lumina_Image_2.0_Repackaged", "split_files/vae/ae.safetensors"),
+    _file("checkpoints", "Comfy-Org/stable-diffusion-3.5-fp8", "sd3.5_large_fp8_scaled.safetensors"),
+    _file("diffusion_models", QWEN, "split_files/diffusion_models/qwen_image_fp8_e4m3fn.safetensors"),
+    _file("text_encoders", QWEN, "split_files/text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors"),
+    _file("vae", QWEN, "split_files/vae/qwen_image_vae.safetensors"),
+    _file("diffusion_models", Z_IMAGE, "split_files/diffusion_models/z_image_turbo_bf16.safetensors"),
+    _file("text_encoders", Z_IMAGE, "split_files/text_encoders/qwen_3_4b.safetensors"),
+)}
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,7 @@ class Template:
     boxes: tuple[Box, ...] = ()
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     shown: tuple[str, str, str] | None = None  # thumbnail: titles of content, style and result
+    pictured_by: str = ""  # without: the mini template (api) whose thumbnail it shares, beside those of the same name
 
     @property
     def mini(self) -> bool:
@@ -290,4 +311,64 @@ TEMPLATES += [
           "`pip install --no-deps ultralytics opencv-python-headless`.",
           (SD, *PROMPTS), {NOTE: (800, 220), "Compare StyleID": (290, 360), "Compare DiffStyler": (290, 360),
                            "StyleID on the object": (290, 340), "DiffStyler on the object": (290, 340)}),
+]
+
+REFERENCE = "The style picture runs beside the sample"
+SHARED = "style_reference_mini"
+
+
+def _reference(file: str, api: str, note: str, loaders: tuple[str, ...], start: tuple[str, ...], restyles: bool = True) -> Template:
+    """Style Reference on a large model: loaders and prompts, then from which noise, style, result."""
+    mine = ("My picture", "Style") if restyles else ("Style",)
+    sizes = ("Picture size", "Style size", "Encode picture", "Encode style") if restyles else ("Style size", "Encode style")
+    return Template(
+        file, api, note,
+        (
+            (("", ((NOTE,),)), ("1 Pictures", (mine, loaders, sizes))),
+            (("2 Start", (start,)),),
+            (("3 Style", ((REFERENCE,),)),),
+            (("4 Draw", (("Sampler", "Sample", "Decode", "Result"), ("Compare",))),),
+        ),
+        sizes={NOTE: (860, 200), "Result": (270, 340), "Compare": (400, 520), "Prompt": (280, 120), "Empty prompt": (280, 90), "Negative prompt": (280, 90)},
+        pictured_by=SHARED,
+    )
+
+
+INVERTED = (
+    "## Restyle my picture with {}\n\n"
+    "The picture is inverted: drawn backwards into noise from which the model draws it again, now beside the style picture, whose attention it takes.\n\n"
+    "**Change first:** *gamma* in the style node: how much of the picture's own attention stays. Keep the prompt empty, euler, and one *Schedule* for both. "
+    "Not run on the large model by us: its graph was checked, its pictures were not seen."
+)
+NOISED = (
+    "## Restyle my picture with {}\n\n"
+    "Eight steps are too few to invert a picture, so it gets new noise and is painted over beside the style picture.\n\n"
+    "**Change first:** *denoise* of the schedule: how much is repainted; then the prompt. "
+    "Not run on the large model by us: its graph was checked, its pictures were not seen."
+)
+FROM_TEXT = (
+    "## A prompt in a picture's style with {}\n\n"
+    "The style picture is encoded and runs beside the sample, whose attention sees it; nothing is trained or inverted.\n\n"
+    "**Change first:** the prompt and the *Style*; then *preset*: \"more style\" is nearer to it. "
+    "Not run on the large model by us: its graph was checked, its pictures were not seen."
+)
+SPLIT = ("Diffusion model", "Text encoder", "VAE", "Shift")
+FLUX = ("Diffusion model", "Text encoders", "VAE")
+TEMPLATES += [
+    _reference("18 Restyle my picture - Flux", "restyle_flux", INVERTED.format("Flux"), (*FLUX, "Empty prompt", "Guidance"),
+               ("Schedule", "Invert picture", "Guider")),
+    _reference("19 Style from a picture - Flux", "style_reference_flux", FROM_TEXT.format("Flux"), FLUX,
+               ("Prompt", "Guidance", "No negative prompt", "Size", "Schedule"), False),
+    _reference("20 Restyle my picture - SD3.5", "restyle_sd35", INVERTED.format("Stable Diffusion 3.5"), ("Checkpoint", "Empty prompt"),
+               ("Schedule", "Invert picture", "Guider")),
+    _reference("21 Style from a picture - SD3.5", "style_reference_sd35", FROM_TEXT.format("Stable Diffusion 3.5"), ("Checkpoint",),
+               ("Prompt", "Negative prompt", "Size", "Schedule"), False),
+    _reference("22 Restyle my picture - Qwen-Image", "restyle_qwen_image", INVERTED.format("Qwen-Image"), (*SPLIT, "Empty prompt"),
+               ("Schedule", "Invert picture", "Guider")),
+    _reference("23 Style from a picture - Qwen-Image", "style_reference_qwen_image", FROM_TEXT.format("Qwen-Image"), SPLIT,
+               ("Prompt", "Negative prompt", "Size", "Schedule"), False),
+    _reference("24 Restyle my picture - Z-Image Turbo", "restyle_z_image", NOISED.format("Z-Image Turbo"), (*SPLIT, "Prompt"),
+               ("No negative prompt", "Schedule from a noised start")),
+    _reference("25 Style from a picture - Z-Image Turbo", "style_reference_z_image", FROM_TEXT.format("Z-Image Turbo"), SPLIT,
+               ("Prompt", "No negative prompt", "Size", "Schedule"), False),
 ]

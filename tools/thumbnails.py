@@ -51,7 +51,7 @@ def write(template: Template) -> None:
     pictures = [Image.open(io.BytesIO((RESULTS / template.api / f"{i}.png").read_bytes())) for i in range(3)]
     sheet = compose(template, pictures)
     for sister in TEMPLATES:
-        if sister is template or sister.api in (template.api.removesuffix("_mini"), f"{template.api.removesuffix('_mini')}_unconditional"):
+        if sister is template or sister.pictured_by == template.api or sister.api in (template.api.removesuffix("_mini"), f"{template.api.removesuffix('_mini')}_unconditional"):
             target = ROOT / "workflows" / f"{sister.file}.jpg"
             sheet.save(target.with_suffix(".part"), "JPEG", quality=88)
             target.with_suffix(".part").replace(target)

@@ -3,6 +3,7 @@
 import math
 
 import comfy.ldm.modules.attention as attention
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import pytest
@@ -202,6 +203,9 @@ def test_refusals_name_the_input():
     model, sigmas, _, noise, content, style = unet_scene()
     refusal("style: connect the LATENT", model)
     refusal("style: its latent is .1, 16, 8, 12., this model's have 4 channels", model, {"samples": family_latent("flux")})
+    broken = random_latent()
+    broken[0, 0, 0, 0] = float("nan")
+    refusal("style: holds NaN or infinite values", model, {"samples": broken})
     refusal("weights: 3 for 1 style pictures", model, {"samples": random_latent()}, weights="1, 2, 3")
     refusal("content: its latent is 8x8 .height x width., the sampled one 8x12", model, {"samples": random_latent()}, None, content, random_latent(8, 12), sigmas)
     above = torch.cat([sigmas[:1] * 2, sigmas])
@@ -277,6 +281,62 @@ def test_a_failing_run_leaves_nothing_behind():
     with pytest.raises(RuntimeError, match="stopped"):
         sample(patched, random_latent(seed=1), schedule(model, 2), tiny_cond(model))
     assert patched.model_options["transformer_options"] == {}
+
+
+def test_cancel_ends_the_run_and_the_next_one_is_as_before():
+    """Core raises it inside a forward; at the look for the layout, and later."""
+    model, latent = tiny_model("flux"), family_latent("flux", seed=1)
+    patched = style_reference(model, {"samples": family_latent("flux")}, None, None, **SETTINGS)
+    sigmas, positive = schedule(model, 3, "simple"), family_cond("flux")
+    before = sample(patched, latent, sigmas, positive)
+    for allowed in (0, 1, 3):
+        left = [allowed]
+
+        def cancel(executor, *args, **kwargs):
+            if not left[0]:
+                raise comfy.model_management.InterruptProcessingException()
+            left[0] -= 1
+            return executor(*args, **kwargs)
+
+        cancelled = patched.clone()
+        cancelled.add_wrapper_with_key("apply_model", "test", cancel)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            sample(cancelled, latent, sigmas, positive)
+        assert cancelled.model_options["transformer_options"] == {}
+    assert torch.equal(sample(patched, latent, sigmas, positive), before)
+
+
+@pytest.mark.parametrize("name", ["flux", "z_image", "wan"])
+def test_samples_of_a_batch_are_those_of_single_runs_under_guidance(name):
+    model = tiny_model(name)
+    patched = style_reference(model, {"samples": family_latent(name)}, None, None, **SETTINGS | dict(share="join"))
+    sigmas, positive, negative = schedule(model, 2, "simple"), family_cond(name, model=model), family_cond(name, seed=1, model=model)
+    both = torch.cat([family_latent(name, seed=1), family_latent(name, seed=2)])
+
+    def drawn(noise):  # flows erase a latent that comes without noise
+        return comfy.sample.sample_custom(
+            patched, noise, 3.0, comfy.samplers.sampler_object("euler"), sigmas, positive, negative, torch.zeros_like(noise), disable_pbar=True, seed=0
+        )
+
+    together, alone = drawn(both), torch.cat([drawn(noise) for noise in both.split(1)])
+    assert (together - alone).abs().max() <= 1e-4 * alone.std()
+    assert (alone[0] - alone[1]).abs().max() > 0.1 * alone.std()
+
+
+def test_one_style_at_four_steps_without_guidance_costs_at_most_2_1_times_plain():
+    """Rows times picture cells that reach the network, the look for the layout among them."""
+    model, size = tiny_model("flux"), (64, 64)
+    patched = style_reference(model, {"samples": family_latent("flux", size=size)}, None, None, **SETTINGS)
+    seen = []
+    hook = model.model.diffusion_model.register_forward_pre_hook(lambda network, args: seen.append(args[0].shape[0] * args[0].shape[-2:].numel()))
+    costs = []
+    for changed in (model, patched):
+        seen.clear()
+        sample(changed, family_latent("flux", seed=1, size=size), schedule(model, 4, "simple"), family_cond("flux"))
+        costs.append(sum(seen))
+    hook.remove()
+    assert costs[0] == 4 * 64 * 64
+    assert 2 * costs[0] < costs[1] <= 2.1 * costs[0]
 
 
 def test_a_guider_is_left_as_it_was_and_asked_for_the_memory_of_all_rows():

@@ -37,12 +37,15 @@ def test_workflow_has_note_groups_and_no_file_of_the_users(template):
 
 @pytest.mark.parametrize("template", [t for t in templates.TEMPLATES if not t.mini], ids=lambda template: template.api)
 def test_models_say_where_they_come_from(template):
-    loaders = [node for node in nodes(template) if node["type"] in templates.MODELS]
+    loaders = [node for node in nodes(template) if node["properties"].get("models")]
     assert loaders
     for node in loaders:
-        (model,) = node["properties"]["models"]
-        assert set(model) == {"name", "directory", "url"} and model["url"].startswith("https://")
-        assert model["name"] in node["widgets_values"]
+        named = [value for value in node["widgets_values"] if str(value).endswith((".safetensors", ".pt")) or value in templates.MODELS]
+        assert [model["name"] for model in node["properties"]["models"]] == named
+        for model in node["properties"]["models"]:
+            assert set(model) == {"name", "directory", "url"} and model["url"].startswith("https://")
+    files = [value for node in nodes(template) for value in node.get("widgets_values") or [] if str(value).endswith((".safetensors", ".pt"))]
+    assert set(files) <= set(templates.MODELS)
 
 
 @pytest.mark.parametrize("template", templates.TEMPLATES, ids=lambda template: template.api)

@@ -13,6 +13,7 @@ SAMPLES = ROOT / "assets" / "samples"
 _MODELS = {("CheckpointLoaderSimple", "ckpt_name"): "checkpoints", ("LoraLoaderModelOnly", "lora_name"): "loras",
            ("LoraLoader", "lora_name"): "loras", ("LoraModelLoader", "lora_name"): "loras", ("VAELoader", "vae_name"): "vae",
            ("UNETLoader", "unet_name"): "diffusion_models", ("CLIPLoader", "clip_name"): "text_encoders",
+           ("DualCLIPLoader", "clip_name1"): "text_encoders", ("DualCLIPLoader", "clip_name2"): "text_encoders",
            ("ControlNetLoader", "control_net_name"): "controlnet", ("PasticheLoadFastSAM", "model_name"): "fastsam"}
 
 
