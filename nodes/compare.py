@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
-
 from .host.checks import checked
 from .host.compare import comparison
+from .host.compatibility import io
 
 
 class ComparePictures(io.ComfyNode):

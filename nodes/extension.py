@@ -10,7 +10,6 @@ from .feature_injection import FeatureInjection
 from .features import CaptureFeatures, LoadFeatures, SaveFeatures
 from .host.fastsam.model import register_fastsam_folder
 from .host.features.library import register_folder
-from .host.version import warn_if_too_old
 from .injectfusion import HSpaceSlerp, InjectFusionSampler
 from .inversion import DDIMInversion, DDIMSampler, InversionReport, MidpointSampler
 from .mini import LoadMini
@@ -30,7 +29,6 @@ class PasticheExtension(ComfyExtension):
         register_fastsam_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        warn_if_too_old()
         return [
             DDIMInversion,
             InversionReport,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
-
 from .algorithms.prompts import parse_boxes, parse_points
 from .host.checks import checked
+from .host.compatibility import io
 from .host.fastsam.model import FastSAM, list_fastsam, load_fastsam
 from .host.fastsam.prompt import AUTO, MODES, Finish, Prompt, prompt_masks
 from .host.fastsam.preview import picker_preview

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
-
 from .host.checks import checked
+from .host.compatibility import io
 from .host.injections.content import MODES, inject_features
 from .host.references.install import borrow_structure
 from .sockets import FeaturesSocket, TrajectorySocket

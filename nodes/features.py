@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
-
 from .host.checks import checked
+from .host.compatibility import io
 from .host.features.capture import MEMORY, PRECISION, capture
 from .host.features.library import list_files, load_bank, save_bank, saved_name
 from .host.trajectories.inversion import inverted_noise

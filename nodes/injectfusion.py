@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
-
 from .algorithms.injectfusion import SCHEDULES
 from .host.checks import checked
+from .host.compatibility import io
 from .host.injections.hspace import BRANCHES, inject_content
 from .host.injections.injectfusion_sampler import injectfusion_sampler
 from .sockets import FeaturesSocket

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import ui
 
 from .host.checks import checked
+from .host.compatibility import io
 from .host.features.capture import MEMORY, PRECISION
 from .host.features.on_the_way import invert_several
 from .host.trajectories.clean_level import CLEAN_LEVELS

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
-
 from .host.checks import checked
+from .host.compatibility import io
 from .host.networks.mini import ARCHITECTURES, KINDS, load_mini
 
 

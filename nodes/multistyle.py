@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
-
 from .algorithms.diffstyler import OVERLAPS
 from .algorithms.references import SHARES
 from .host.checks import checked
+from .host.compatibility import io
 from .host.multistyle.guider import lora_names, multi_style_guider, style_entry
 from .sockets import FeaturesSocket, StyleSocket
 

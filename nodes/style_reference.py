@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from comfy_api.latest import io
-
 from .algorithms.references import SCHEDULES, SHARES
 from .host.checks import checked
+from .host.compatibility import io
 from .host.references.install import style_reference
 from .host.references.settings import DEFAULT_PRESET, PRESETS, Cures
 from .sockets import TrajectorySocket

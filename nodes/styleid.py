@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
-
 from .algorithms.references import SCHEDULES
 from .host.checks import checked
+from .host.compatibility import io
 from .host.trajectories.latent_adain import latent_adain, noise_adain
 from .host.trajectories.noise import latent_output, no_output
 from .host.injections.style import inject_style

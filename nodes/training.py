@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import ui
 
 from .algorithms.lora import TARGETS
 from .host.checks import checked
+from .host.compatibility import io
 from .host.training.job import train_for_node
 from .host.training.loop import LOSS_WINDOW, PRECISIONS, TrainingSettings
 from .host.training.plot import loss_plot

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
-
 from .host.checks import checked
+from .host.compatibility import io
 from .host.networks.unconditional import DTYPES
 from .host.networks.unconditional_checkpoint import BETAS, LONGEST, Reading
 from .host.networks.unconditional_files import list_models, load_model

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import ui
 
 from .host.checks import checked
+from .host.compatibility import io
 from .host.features.views import feature_pca, style_similarity
 from .sockets import FeaturesSocket
 

@@ -1,4 +1,4 @@
-"""The oldest ComfyUI the pack works with."""
+"""The oldest ComfyUI the pack works with. Imports nothing of ComfyUI's but its version, as it runs first on any."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from packaging.version import InvalidVersion, Version
 
 # Also stated as requires-comfyui in pyproject.toml, a test compares them.
-OLDEST_COMFYUI = "0.30.0"
+OLDEST_COMFYUI = "0.20.0"
 
 
 def warn_if_too_old(running: str | None = None) -> bool:
