@@ -131,20 +131,17 @@ def test_inversion_and_capture_leave_guidance_and_caches_out(model, positive, tr
         assert (ours - sample(injected("h-space", model, model, trajectory), latent, sigmas, positive)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("name, owner", [("tome", r"TomePatchModel \(token merging\)"), ("deep_shrink", r"PatchModelAddDownscale \(Deep Shrink\)")])
-def test_features_on_another_grid_are_refused_by_name(model, positive, trajectory, pair, name, owner):
-    pair("Capture Features", {"tome": "TomePatchModel", "deep_shrink": "PatchModelAddDownscale"}[name], "refused")
-    other = getattr(neighbours, name)(model)
+def test_features_on_another_grid_are_refused_by_name(model, positive, trajectory, pair):
+    pair("Capture Features", "TomePatchModel", "refused")
+    other = neighbours.tome(model)
     found = trajectory_of(other, positive)
-    with pytest.raises(ValueError, match=f"is expected. {owner} changes the grid: connect the model from before that node"):
-        bank_of(other, found, "self_attention" if name == "tome" else "residual")
+    with pytest.raises(ValueError, match=r"is expected. TomePatchModel \(token merging\) changes the grid: connect the model from before that node"):
+        bank_of(other, found, "self_attention")
 
 
 def test_refusals_name_what_changes_the_size(model, positive, trajectory, pair):
-    pair("Style Injection (query preservation)", "PatchModelAddDownscale", "refused")
     pair("Style Injection (query preservation)", "TomePatchModel", "refused")
     pair("Style Injection (query preservation)", "tiled diffusion*", "refused")
-    pair("Feature Injection", "PatchModelAddDownscale", "refused")
     latent, sigmas, bank = random_latent(16, 8), schedule(model, STEPS)[:2], bank_of(model, trajectory, "self_attention")
     preserved = styled(neighbours.deep_shrink(model), bank, bank)
     with pytest.raises(ValueError, match=r"PatchModelAddDownscale \(Deep Shrink\) cannot be combined with query preservation"):
@@ -170,10 +167,3 @@ def test_blends_and_token_merging_are_refused_by_name(model, positive, trajector
         sample(both, random_latent(16, 8), schedule(model, STEPS)[:2], positive)
 
 
-def test_hypertile_is_named(model, positive, pair):
-    pair("Style Injection (query preservation)", "HyperTile", "refused")
-    latent, sigmas = random_latent(64, 32), schedule(model, STEPS)[:2]
-    bank = bank_of(model, trajectory_of(model, positive, (64, 32)), "self_attention")
-    both = styled(neighbours.hypertile(model), bank, bank)
-    with pytest.raises(ValueError, match=r"HyperTile \(attention in tiles\) cannot be combined with query preservation"):
-        sample(both, latent, sigmas, positive)

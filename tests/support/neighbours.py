@@ -48,17 +48,17 @@ def tome(model, ratio=0.5):
     return TomePatchModel.execute(model, ratio).result[0]
 
 
-def deep_shrink(model):
+def deep_shrink(model, end_percent=1.0):
     from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 
-    return PatchModelAddDownscale.execute(model, 3, 2.0, 0.0, 1.0, True, "bilinear", "bilinear").result[0]
+    return PatchModelAddDownscale.execute(model, 3, 2.0, 0.0, end_percent, True, "bilinear", "bilinear").result[0]
 
 
 def hypertile(model):
-    """Cuts a (64, 32) latent's queries into tiles of 32 x 32."""
+    """Cuts the queries of a latent of 8 x 8 or more, in levels of that size, into tiles of 4 x 4 at least."""
     from comfy_extras.nodes_hypertile import HyperTile
 
-    return HyperTile.execute(model, 256, 2, 0, False)[0]
+    return HyperTile.execute(model, 32, 1, 0, False)[0]
 
 
 def compiled(model):

@@ -16,7 +16,7 @@ from ..networks.fingerprint import fingerprint, require_same_model
 from ..networks.adapter import NetworkAdapter
 from ..networks.families import find_adapter
 from ..networks.marks import require_plain
-from ..networks.neighbours import size_changers
+from ..networks.neighbours import shrinks, size_changers
 from ..trajectories.inversion import noise_latent, walk_latent
 from .stores import FileStore, FileWriter, MemoryStore, Shapes, readable_size, temporary_path
 
@@ -95,12 +95,25 @@ def record(
 
 
 def require_shape(model: ModelPatcher, key: FeatureKey, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raises ValueError where a network runs on another grid than its latent's, as some nodes have it do."""
+    """Raises ValueError where a network runs on another grid than its latent's, as some nodes have it do.
+
+    Deep Shrink's smaller grids are those of every pass through the MODEL at that sigma, the sampling's too.
+    """
     if tensor.shape[1:] != shape[1:] and key.stream != "cross_attention_k":
+        if shrinks(model.model_options) and tensor.shape[1:].numel() < torch.Size(shape[1:]).numel():
+            return
         causes = " and ".join(size_changers(model.model_options)) or "Another node on it"
         raise ValueError(
             f"model: {key.stream} of {key.block} {key.number} is {tuple(tensor.shape[1:])} where {tuple(shape[1:])} is expected. "
             f"{causes} changes the grid: connect the model from before that node here."
+        )
+
+
+def require_even(model: ModelPatcher, cure: str) -> None:
+    """Raises ValueError where features are to go to a file, and Deep Shrink gives every step sizes of its own."""
+    if shrinks(model.model_options):
+        raise ValueError(
+            "features: with PatchModelAddDownscale (Deep Shrink) their sizes change from step to step, which a file cannot hold. " + cure
         )
 
 
@@ -114,6 +127,7 @@ def open_writer(
     logging.info("Pastiche: capturing %d tensors x %d steps: %s (%s).", len(keys), steps, readable_size(size), memory)
     _check_room(size, memory, model.load_device)
     if memory == "disk":
+        require_even(model, "Choose recompute, ram or vram.")
         named = {str(key): (steps, *shape) for key, shape in shapes.items()}
         return FileWriter(temporary_path(), named, dict.fromkeys(named, dtype), {"format": "pastiche-features"}, durable=False)
     return MemoryStore(shapes, steps, dtype, torch.device("cpu") if memory == "ram" else model.load_device)

@@ -19,7 +19,7 @@ from ..files import register_models_folder
 from ..networks.families import find_adapter
 from ..networks.fingerprint import fingerprint, require_same_model
 from ..networks.marks import require_plain
-from .capture import feature_shapes, record, storage_dtype
+from .capture import feature_shapes, record, require_even, storage_dtype
 from .stores import FileStore, FileWriter, MemoryStore
 
 FORMAT = "pastiche-features"
@@ -59,6 +59,7 @@ def save_bank(bank: FeatureBank, filename_prefix: str) -> Path:
     dtypes = dict.fromkeys(whole, torch.float32)
     device = torch.device("cpu")
     if bank.store is not None:
+        require_even(bank.model, "Save them from Capture Features set to recompute.")
         for key in bank.keys:
             sample = bank.store.read(key, 1, device)
             shapes[str(key)] = (trajectory.steps, *sample.shape)

@@ -49,15 +49,22 @@ class MemoryStore:
         for key, shape in shapes.items():
             self._tensors[key] = buffer[offset : offset + sizes[key]].view(dtype).view(steps, *shape)
             offset += _aligned(sizes[key])
+        self._smaller: dict[tuple[FeatureKey, int], torch.Size] = {}
         if device.type == "cpu" and comfy.model_management.pin_memory(buffer):
             weakref.finalize(self, comfy.model_management.unpin_memory, buffer).atexit = False
 
     def write(self, key: FeatureKey, step: int, tensor: torch.Tensor) -> None:
-        self._tensors[key][step - 1].copy_(tensor)
-        _require_finite(self._tensors[key][step - 1], key)
+        """A tensor may have fewer elements than its place, as some steps of Deep Shrink do; it is read in its own shape."""
+        place = self._tensors[key][step - 1]
+        if tensor.numel() < place.numel():
+            self._smaller[key, step] = tensor.shape
+            place = place.view(-1)[: tensor.numel()].view(tensor.shape)
+        place.copy_(tensor)
+        _require_finite(place, key)
 
     def read(self, key: FeatureKey, step: int, device: torch.device) -> torch.Tensor:
-        return _upload(self._tensors[key][step - 1], device)
+        place, shape = self._tensors[key][step - 1], self._smaller.get((key, step))
+        return _upload(place if shape is None else place.view(-1)[: shape.numel()].view(shape), device)
 
 
 class FileStore:

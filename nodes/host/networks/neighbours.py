@@ -16,6 +16,7 @@ CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}
 TOKEN_CHANGERS = {  # core's nodes by their class, which is in the name of the functions they make
     "TomePatchModel": "token merging", "HyperTile": "attention in tiles", "PatchModelAddDownscale": "Deep Shrink",
 }
+TILES, SHRINKS = "HyperTile", "PatchModelAddDownscale"
 GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function", "sampler_calc_cond_batch_function")
 
 
@@ -111,6 +112,22 @@ def plain_pass(model: ModelPatcher) -> ModelPatcher:
     return plain
 
 
+def shrinks(model_options: dict) -> bool:
+    """Whether Deep Shrink is on a MODEL: some levels then run on a smaller grid in some steps, whoever the pass belongs to."""
+    return any(owner_of(patch) == SHRINKS for _, patch in foreign_patches(model_options))
+
+
+def has_tiles(model_options: dict) -> bool:
+    """Whether HyperTile is on a MODEL."""
+    return any(owner_of(patch) == TILES for _, patch in foreign_patches(model_options))
+
+
+def before_tiles(patches: list, patch: Any) -> list:
+    """An attn1_patch list with `patch` added: last, but before HyperTile, which hands its queries on in tiles."""
+    at = next((number for number, other in enumerate(patches) if owner_of(other) == TILES), len(patches))
+    return [*patches[:at], patch, *patches[at:]]
+
+
 def size_changers(model_options: dict) -> list[str]:
     """What on a MODEL lets the network see another number of tokens than the latent has, in words."""
     found = {}
@@ -127,7 +144,10 @@ def why_other_size(model_options: dict, what: str) -> str:
     """The sentence after "... has 64 tokens, the sample 16.": what is the cause, and what to do. what: cannot be combined with it."""
     changers = size_changers(model_options)
     if changers:
-        return f"{' and '.join(changers)} cannot be combined with {what}: take it off this MODEL."
+        advice = "take it off this MODEL"
+        if shrinks(model_options):
+            advice += ", or put the same node on the MODEL of DDIM Inversion and Capture Features, whose grids then are the same"
+        return f"{' and '.join(changers)} cannot be combined with {what}: {advice}."
     return f"Conditions with an area cannot be combined with {what}: use masks."
 
 

@@ -17,6 +17,7 @@ from ...algorithms.layers import format_numbers, parse_layers
 from ...sockets import FeatureKey
 from .adapter import Attend, ChangeHidden, ChangeResidual, Emit, NetworkAdapter, Place, Slot
 from .attention_slots import AttentionSlots
+from .neighbours import before_tiles
 from .unet_hidden import HiddenPatch
 from .unet_residual import HOOK, ResidualHandler, residual_skip, runs_residual_blocks
 
@@ -110,7 +111,7 @@ class UNet(NetworkAdapter):
         patches = transformer_options.setdefault("patches", {})
 
         def add(name: str, patch: Any) -> None:
-            patches[name] = patches.get(name, []) + [patch]
+            patches[name] = before_tiles(patches.get(name, []), patch)
 
         def tell(stream: str, options: dict, compute: Callable[[], Tensor], depth: int) -> None:
             key = FeatureKey(stream, *options["block"], depth)
@@ -155,10 +156,10 @@ class UNet(NetworkAdapter):
 
     def change_hidden(self, model: ModelPatcher, change: ChangeHidden, blends: bool) -> None:
         patch = HiddenPatch(change)
-        model.set_model_attn1_patch(patch)
+        patches = model.model_options["transformer_options"].setdefault("patches", {})
+        patches["attn1_patch"] = before_tiles(patches.get("attn1_patch", []), patch)
         if blends:
             # In front: other nodes' output patches then see the blended result, as they would the plain one.
-            patches = model.model_options["transformer_options"]["patches"]
             patches["attn1_output_patch"] = [patch.settle, *patches.get("attn1_output_patch", [])]
 
     def replace_attention(

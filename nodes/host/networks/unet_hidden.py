@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...algorithms.styleid import blend
 from .adapter import RUN, Attended, ChangeHidden
-from .neighbours import why_other_size
+from .neighbours import has_tiles, why_other_size
 
 CHANGES = "pastiche_changes"  # in the options of one transformer block's forward: the changes made to it so far
 
@@ -33,6 +33,7 @@ class HiddenPatch:
         if replacement is None:
             return inputs
         _require_tokens(replacement.weight, own.shape[1], options)
+        _require_tiles(replacement.inputs.keys, own.shape[1], options)
         options[CHANGES] = (*changes, _Change(inputs, replacement.weight, replacement.passes))
         return replacement.inputs
 
@@ -62,6 +63,13 @@ class HiddenPatch:
             return blend(result(count - 1, attend(before)), out, weight)
 
         return result(len(changes), out)
+
+
+def _require_tiles(keys: Tensor, tokens: int, options: dict) -> None:
+    """Raises ValueError where HyperTile would cut (rows, T, C) keys into tiles of another picture size than the sample's."""
+    if keys.shape[1] != tokens and has_tiles(options[RUN].model_options):
+        cause = why_other_size(options[RUN].model_options, "a style of another size")
+        raise ValueError(f"style: it has {keys.shape[1]} tokens, the sample {tokens}. {cause}")
 
 
 def _require_tokens(blended: Tensor | float | None, tokens: int, options: dict) -> None:
