@@ -1,7 +1,7 @@
 """Writes docs/compatibility.md from what tests/neighbours shows.
 
     python tools/make_compatibility.py                     runs the tests (COMFYUI_PATH or .environment)
-    python tools/make_compatibility.py --results out.xml   from a run of theirs with pytest's --junitxml
+    python tools/make_compatibility.py --results *.xml     from runs of all of them with pytest's --junitxml (xunit1)
 
 A pair stands as works, refused or left out where every test of it passed, as failing where one did not; pairs without
 a test stay empty.
@@ -32,10 +32,10 @@ Written by `tools/make_compatibility.py` from the results of `tests/neighbours`,
 """
 
 
-def read_pairs(results: Path) -> dict[tuple[str, str], str]:
-    """(ours, theirs) -> verdict, from a junit file whose test cases carry `pair` properties."""
+def read_pairs(*results: Path) -> dict[tuple[str, str], str]:
+    """(ours, theirs) -> verdict, from junit files whose test cases carry `pair` properties."""
     found: dict[tuple[str, str], set[str]] = {}
-    for case in ElementTree.parse(results).iter("testcase"):
+    for case in (case for path in results for case in ElementTree.parse(path).iter("testcase")):
         passed = all(case.find(kind) is None for kind in ("failure", "error", "skipped"))
         for item in case.iter("property"):
             if item.get("name") == "pair":
@@ -64,13 +64,13 @@ def host_version() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, help="a junit file of tests/neighbours")
+    parser.add_argument("--results", type=Path, nargs="+", help="junit files of tests/neighbours")
     results = parser.parse_args().results
     with tempfile.TemporaryDirectory() as folder:
         if results is None:
-            results = Path(folder) / "results.xml"
-            run_tests(results)
-        page = as_page(read_pairs(results), host_version())
+            results = [Path(folder) / "results.xml"]
+            run_tests(results[0])
+        page = as_page(read_pairs(*results), host_version())
     target = ROOT / "docs" / "compatibility.md"
     temporary = target.with_suffix(".tmp")
     temporary.write_text(page, encoding="utf-8")
