@@ -27,6 +27,7 @@ from report import add_outputs, publish
 
 from pastiche.nodes.host.training.loop import TrainingSettings, train_style_lora
 from pastiche.nodes.host.training.images import TrainingImages
+from support.models import tiny_unet
 
 
 class PeakMemory:
@@ -80,6 +81,16 @@ def measure(run, steps):
     return (wall_end - wall) / (last - first), (processor_end - processor) / (last - first), memory.added
 
 
+def load(options):
+    """The model that is trained: SD1.5's full size from a file, or a small one."""
+    if options.width != 320:
+        return tiny_unet(channels=options.width, channel_mult=(1, 2, 4, 4), context_dim=768, heads=8)
+    path = options.work / "random_sd15.safetensors"
+    if not path.exists():
+        setup_host.full_size_sd15(path)
+    return comfy.sd.load_diffusion_model(str(path))
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, required=True, help="folder for the 3.4 GB random checkpoint")
@@ -88,14 +99,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--only", default="", help="run only variants whose name holds one of these (comma-separated)")
+    parser.add_argument("--width", type=int, default=320, help="base width of the U-Net; others than 320 are no SD1.5, to try the script")
     add_outputs(parser)
     options = parser.parse_args()
 
-    path = options.work / "random_sd15.safetensors"
-    if not path.exists():
-        setup_host.full_size_sd15(path)
     with torch.inference_mode():
-        model = comfy.sd.load_diffusion_model(str(path))
+        model = load(options)
         comfy.model_management.load_models_gpu([model])
         generator = torch.Generator().manual_seed(0)
         positive = [[torch.randn(1, 77, 768, generator=generator), {}]]
@@ -128,9 +137,11 @@ def main():
     }
     wanted = [word for word in options.only.split(",") if word]
     variants = {name: run for name, run in variants.items() if not wanted or any(word in name for word in wanted)}
+    size = "SD1.5's full size" if options.width == 320 else f"base width {options.width}"
     lines = [
         "# LoRA training: Train Style LoRA and core's TrainLoraNode", "",
-        f"{setup_host.hardware()}. U-Net of SD1.5's full size with random weights, fp32; rank {options.rank}, batch 1, "
+        f"{setup_host.hardware()}. U-Net of {size} with "
+        f"random weights, fp32; rank {options.rank}, batch 1, "
         f"{options.steps} steps a run, {options.rounds} interleaved rounds in one process (medians). "
         "Made by `benchmarks/lora_training.py`.", "",
     ]

@@ -167,7 +167,7 @@ def _steps(tests: bool):
         ("torchvision fix", "fix", [venv_key, FIX.read_text()], _install_fix),
     ]
     if tests:
-        steps.append(("test packages", "tests", [requirements_key, pins.TEST_PACKAGES, pins.FASTSAM_PACKAGES], _install_test_packages))
+        steps.append(("test packages", "tests", [requirements_key, pins.TEST_PACKAGES, *_without_dependencies()], _install_test_packages))
         if not find_chromium() and _can_install_system_packages():
             steps.append(("Chromium (system package)", "chromium", [time.time()], _install_chromium))
         if not shutil.which("g++") and _can_install_system_packages():
@@ -237,7 +237,11 @@ def _install_requirements() -> None:
 
 def _install_test_packages() -> None:
     _pip("install", "-c", str(HOME / "constraints.txt"), *pins.TEST_PACKAGES)
-    _pip("install", "--no-deps", *pins.FASTSAM_PACKAGES)
+    _pip("install", "--no-deps", *_without_dependencies())
+
+
+def _without_dependencies() -> list[str]:
+    return [*pins.FASTSAM_PACKAGES, *pins.METRIC_PACKAGES]
 
 
 def _install_fix() -> None:

@@ -11,3 +11,5 @@ TEST_PACKAGES = ["pytest>=8,<10", "coverage>=7.6,<8", "hypothesis>=6.100,<7", "d
 # FastSAM tests; without dependencies, as ultralytics would replace torch
 FASTSAM_PACKAGES = ["ultralytics==8.4.190", "opencv-python-headless==5.0.0.93", "onnxruntime==1.31.1", "onnx==1.23.2",
                     "flatbuffers", "protobuf", "ml_dtypes"]
+# published packages that metrics are compared with; without dependencies for the same reason
+METRIC_PACKAGES = ["lpips==0.1.4", "art-fid==0.0.2"]

@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""InjectFusion's table (CelebA-HQ, 5,000 pairs) with the pack's own nodes in a real ComfyUI, beside the paper's row.
+
+    python benchmarks/injectfusion_table.py --model celeba_hq.safetensors --data data --weights weights --device cuda
+    python benchmarks/injectfusion_table.py --model tests/assets/ddpm_blobs --data data --weights random --pairs 4 --size 32 --steps 4
+
+--model: a diffusers folder or a file that Load Unconditional DDPM takes. --data has org/ (originals, which give the look)
+and cnt/ (contents). Every picture is inverted once; the same command goes on after an interruption (see --work). Results are
+called <original>_injected_<content>.png.
+FID: results against the originals, Inception of 2015; ID: cosine of ArcFace between result and content; Gram: VGG19, result
+against original. The paper does not publish its Gram layers and scaling: compare ways with each other, not with its number.
+--weights: see published_metrics.py; what is missing is left out with a line that says so; `random` tries the plumbing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tables import (
+    Table, choose_pairs, inversion_graph, load_picture, mean, node, pictures_of, sampling_graph, shown, unconditional_loader,
+)
+from host import environment  # isort: skip  (tables makes it importable)
+
+HEAD = "| | pairs | FID | ID | Gram |\n|---|---|---|---|---|"
+PAPER = "| InjectFusion, the paper's slerp (CelebA-HQ, 256 px) | 5000 | 32.09 | 0.4390 | 0.0310 |"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder with org/ and cnt/")
+    parser.add_argument("--weights", required=True, help="folder of the measures' weights, or random")
+    parser.add_argument("--pairs", type=int, help="fewer than all, from the first pictures on")
+    parser.add_argument("--work", type=Path, default=Path("output/injectfusion_table"), help="what is done is kept here")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--gamma", type=float, default=0.6)
+    parser.add_argument("--t-edit", type=int, default=400)
+    parser.add_argument("--omega", type=float, default=0.3)
+    parser.add_argument("--t-boost", type=int, default=200)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--table", type=Path, help="Markdown file to write")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    if not options.model.exists():
+        print(f"error: --model: {options.model} does not exist.", file=sys.stderr)
+        return 2
+    if options.weights != "random" and not Path(options.weights).is_dir():
+        print(f"error: --weights: {options.weights} is not a folder.", file=sys.stderr)
+        return 2
+    host = environment.prepare()
+    code = environment.run_inside(host, __file__, arguments)
+    return make(host, options) if code is None else code
+
+
+def make(host: environment.Host, options: argparse.Namespace) -> int:
+    originals, contents = (pictures_of(options.data / name) for name in ("org", "cnt"))
+    pairs = choose_pairs(originals, contents, options.pairs)
+    settings = {key: str(getattr(options, key)) for key in ("model", "data", "size", "steps", "gamma", "t_edit", "omega", "t_boost")}
+    table = Table(options.work, settings)
+    if not table.complete(name_of(*pair) for pair in pairs):
+        draw(table, host, pairs, options)
+    note = ", measured with RANDOM networks: the plumbing was tried, the numbers mean nothing" if options.weights == "random" else ""
+    text = "\n".join([
+        f"# InjectFusion's table, {options.model.stem}{note}", "",
+        f"{options.size} px, {options.steps} steps, gamma {options.gamma}, t_edit {options.t_edit}, omega {options.omega}, "
+        f"t_boost {options.t_boost}; see benchmarks/injectfusion_table.py for the measures.", "",
+        HEAD, PAPER, measure(table, pairs, options, note),
+    ]) + "\n"
+    print(text)
+    if options.table:
+        options.table.parent.mkdir(parents=True, exist_ok=True)
+        options.table.write_text(text)
+    return 0
+
+
+def name_of(original: Path, content: Path) -> str:
+    return f"{original.stem}_injected_{content.stem}"
+
+
+def draw(table: Table, host: environment.Host, pairs: list[tuple[Path, Path]], options: argparse.Namespace) -> None:
+    table.provide(options.model, "diffusers")  # before the server looks
+    with table.server(host, cpu=options.device == "cpu") as server:
+        loader = unconditional_loader(options.model.name)
+
+        def inversion(picture: str, prefix: str) -> dict:
+            return inversion_graph(loader, picture, options.size, options.steps, "simple", "h_space", "auto", prefix)
+
+        banks = {}
+        for role, column in (("org", 0), ("cnt", 1)):
+            for picture in dict.fromkeys(pair[column] for pair in pairs):
+                banks[role, picture] = table.invert(server, role, picture, inversion)
+        for original, content in pairs:
+            table.picture(server, name_of(original, content), pair_graph(loader, banks["org", original], banks["cnt", content], options))
+
+
+def pair_graph(loader, original: str, content: str, options: argparse.Namespace) -> dict:
+    sampler = node("PasticheInjectFusionSampler", omega=options.omega, t_boost=options.t_boost, seed=0)
+    return sampling_graph(loader, options.steps, "simple", ("inject", 0), ("original", 2), sampler, {
+        "original": node("PasticheLoadFeatures", file=original, model=loader.model, memory="disk"),
+        "content": node("PasticheLoadFeatures", file=content, model=loader.model, memory="disk"),
+        "inject": node("PasticheHSpaceSlerp", model=loader.model, content=("content", 0), gamma=options.gamma, t_edit=options.t_edit,
+                       branch="conditional"),
+    })
+
+
+def measure(table: Table, pairs: list[tuple[Path, Path]], options: argparse.Namespace, note: str) -> str:
+    """Our row."""
+    import torch
+    from published_metrics import GRAM_LAYERS, Networks, attempt, frechet_distance, gram_distance
+
+    networks = Networks(options.weights, options.device)
+    results = {pair: load_picture(table.results / f"{name_of(*pair)}.png") for pair in pairs}
+    pictures = {path: load_picture(path, options.size) for pair in pairs for path in pair}
+
+    def fid() -> float:
+        originals = torch.stack([networks.photo_inception(pictures[path]) for path in dict.fromkeys(pair[0] for pair in pairs)])
+        return frechet_distance(torch.stack([networks.photo_inception(result) for result in results.values()]), originals)
+
+    def identity() -> float:
+        return mean(float(networks.face(result) @ networks.face(pictures[pair[1]])) for pair, result in results.items())
+
+    def gram() -> float:
+        return mean(gram_distance(networks.vgg19(result, GRAM_LAYERS), networks.vgg19(pictures[pair[0]], GRAM_LAYERS))
+                    for pair, result in results.items())
+
+    with torch.inference_mode():
+        found = attempt("FID", fid), attempt("ID", identity), attempt("Gram", gram)
+    digits = [shown(value, count) for value, count in zip(found, (2, 4, 4))]
+    return f"| Pastiche, {options.model.stem}{note} | {len(pairs)} | " + " | ".join(digits) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,188 @@
+"""Pictures for the papers' tables: the pack's own nodes, queued in a real ComfyUI, every picture inverted once.
+
+A `Table` keeps what is done in its work folder, so a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "workflows" / "api")]
+
+from host.comfy import Server, make_base  # noqa: E402
+from host.environment import Host  # noqa: E402
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+BANKS = "pastiche_features"  # Save Features' folder in the server's output
+MINI = "mini"
+
+
+def node(kind: str, **inputs) -> dict:
+    return {"class_type": kind, "inputs": {name: list(value) if isinstance(value, tuple) else value for name, value in inputs.items()},
+            "_meta": {"title": kind}}
+
+
+class Loader:
+    """The nodes that load a model; `model`, `vae` and `empty` are links to its parts."""
+
+    def __init__(self, nodes: dict[str, dict], vae: tuple, empty: tuple):
+        self.nodes, self.model, self.vae, self.empty = nodes, ("loader", 0), vae, empty
+
+
+def checkpoint_loader(name: str) -> Loader:
+    """An SD checkpoint by its name in models/checkpoints, or the mini model."""
+    if name == MINI:
+        return Loader({"loader": node("PasticheLoadMini", kind="empty")}, ("loader", 1), ("loader", 2))
+    nodes = {"loader": node("CheckpointLoaderSimple", ckpt_name=name), "text": node("CLIPTextEncode", text="", clip=("loader", 1))}
+    return Loader(nodes, ("loader", 2), ("text", 0))
+
+
+def unconditional_loader(name: str) -> Loader:
+    return Loader({"loader": node("PasticheLoadUnconditional", folder=name)}, ("loader", 1), ("loader", 2))
+
+
+def inversion_graph(loader: Loader, picture: str, size: int, steps: int, scheduler: str, streams: str, layers: str, prefix: str) -> dict:
+    """Inverts a picture of the input folder and saves its features and trajectory."""
+    return {
+        **loader.nodes,
+        "picture": node("LoadImage", image=picture),
+        "size": node("ImageScale", image=("picture", 0), upscale_method="lanczos", width=size, height=size, crop="center"),
+        "encode": node("VAEEncode", pixels=("size", 0), vae=loader.vae),
+        "sigmas": node("BasicScheduler", model=loader.model, scheduler=scheduler, steps=steps, denoise=1.0),
+        "invert": node("PasticheDDIMInversion", model=loader.model, latent=("encode", 0), sigmas=("sigmas", 0), positive=loader.empty,
+                       scheme="predicted", iterations=3, substeps=1, streams=streams, layers=layers, memory="ram", precision="half"),
+        "save": node("PasticheSaveFeatures", features=("invert", 3), filename_prefix=prefix),
+    }
+
+
+def sampling_graph(loader: Loader, steps: int, scheduler: str, model: tuple, latent: tuple, sampler: dict, more: dict) -> dict:
+    """Samples from an inverted latent at cfg 1 and saves the picture."""
+    return {
+        **loader.nodes, **more,
+        "sigmas": node("BasicScheduler", model=loader.model, scheduler=scheduler, steps=steps, denoise=1.0),
+        "sampler": sampler,
+        "sample": node("SamplerCustom", model=model, add_noise=False, noise_seed=0, cfg=1.0, positive=loader.empty, negative=loader.empty,
+                       sampler=("sampler", 0), sigmas=("sigmas", 0), latent_image=latent),
+        "decode": node("VAEDecode", samples=("sample", 0), vae=loader.vae),
+        "result": node("SaveImage", images=("decode", 0), filename_prefix="table"),
+    }
+
+
+def pictures_of(folder: Path) -> list[Path]:
+    """Sorted; names without their extension must differ, for results are named by them."""
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES) if folder.is_dir() else []
+    if not found:
+        raise SystemExit(f"{folder} holds no pictures ({', '.join(PICTURES)}).")
+    stems = [path.stem for path in found]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if twice:
+        raise SystemExit(f"{folder}: two pictures are called {twice[0]}; give them different names.")
+    return found
+
+
+def choose_pairs(first: list[Path], second: list[Path], count: int | None) -> list[tuple[Path, Path]]:
+    """Every one with every one; of fewer pairs those of the first pictures: four are two with two."""
+    grid = [(i, j) for i in range(len(first)) for j in range(len(second))]
+    chosen = sorted(sorted(grid, key=lambda pair: (max(pair), pair))[:count])
+    return [(first[i], second[j]) for i, j in chosen]
+
+
+class Table:
+    """A work folder: server/ is ComfyUI's base, results/ the pictures, done.json what was inverted with which settings."""
+
+    def __init__(self, work: Path, settings: dict):
+        self.work, self.results, self.base = work, work / "results", work / "server"
+        self._notes = work / "done.json"
+        self.results.mkdir(parents=True, exist_ok=True)
+        known = json.loads(self._notes.read_text()) if self._notes.exists() else {"settings": settings, "banks": {}}
+        if known["settings"] != settings:
+            changed = [key for key in settings if known["settings"].get(key) != settings[key]]
+            raise SystemExit(f"{work} holds a run with other settings ({', '.join(changed)}). Name another --work, or delete it.")
+        self.banks: dict[str, str] = known["banks"]
+        self._settings = settings
+
+    def server(self, host: Host, cpu: bool) -> Server:
+        make_base(self.base)
+        return Server(host, self.base, cpu=cpu)
+
+    def provide(self, path: Path, folder: str) -> str:
+        """Makes a model of the user's known to the server; returns its name."""
+        target = self.base / "models" / folder / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            try:
+                target.symlink_to(path.resolve(), target_is_directory=path.is_dir())
+            except OSError:  # Windows without the privilege for links
+                shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
+        return path.name
+
+    def invert(self, server: Server, role: str, picture: Path, graph: Callable[[str, str], dict]) -> str:
+        """The file of a picture's features; graph takes (name in the input folder, prefix)."""
+        key = f"{role}/{picture.name}"
+        known = self.banks.get(key)
+        if known and (self.base / "output" / BANKS / known).is_file():
+            return known
+        started = time.monotonic()
+        name = server.upload(picture, f"{role}_{_plain(picture)}")
+        result = server.run(graph(name, f"{role}_{_plain(picture).rsplit('.', 1)[0]}"), timeout=24 * 3600)
+        (told,) = result.outputs["save"]["text"]
+        self.banks[key] = told.rsplit(": ", 1)[0]
+        self._save()
+        print(f"inverted {key} in {time.monotonic() - started:.0f} s: {told}", flush=True)
+        return self.banks[key]
+
+    def picture(self, server: Server, name: str, graph: dict) -> Path:
+        """results/<name>.png, made unless it is there."""
+        target = self.results / f"{name}.png"
+        if not target.is_file():
+            started = time.monotonic()
+            (image,) = server.run(graph, timeout=24 * 3600).images
+            server.download(image, target)
+            print(f"{target.name} in {time.monotonic() - started:.0f} s", flush=True)
+        return target
+
+    def complete(self, names: Iterable[str]) -> bool:
+        return all((self.results / f"{name}.png").is_file() for name in names)
+
+    def _save(self) -> None:
+        partial = self._notes.with_suffix(".partial")
+        partial.write_text(json.dumps({"settings": self._settings, "banks": self.banks}, indent=1))
+        os.replace(partial, self._notes)
+
+
+def _plain(path: Path) -> str:
+    """A name that any file system and ComfyUI take, different for different pictures."""
+    stem = "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in path.stem)
+    digest = hashlib.sha256(path.name.encode()).hexdigest()[:6]
+    return f"{stem[:60]}_{digest}{path.suffix.lower()}"
+
+
+def load_picture(path: Path, size: int | None = None):
+    """(3, H, W) in 0..1, cut to a square of `size` as the graphs cut it."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    image = Image.open(path).convert("RGB")
+    if size is not None:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.LANCZOS)
+    return torch.from_numpy(np.asarray(image).copy()).movedim(-1, 0).float() / 255  # HWC -> CHW
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def shown(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
