@@ -15,9 +15,11 @@ from pastiche.nodes.host.networks import unconditional_checkpoint, unconditional
 from pastiche.nodes.host.networks.families import find_adapter
 from pastiche.nodes.host.networks.unconditional_checkpoint import Reading, read_weights
 from pastiche.nodes.host.networks.unconditional_files import alphas_bar, list_models, load_model
+from pastiche.nodes.host.networks.unconditional_folders import find_folder
 from pastiche.nodes.host.trajectories.inversion import invert
 from support.published_unets import PLANS, draw, predict
 from support.sampling import sample, schedule
+from support.unconditional import TRAINED
 
 ORDERS = unconditional_layouts.ORDERS
 READINGS = {"iddpm": Reading(betas="linear", timesteps=1000), "one level": Reading(betas="linear", timesteps=1000),
@@ -282,6 +284,20 @@ def test_files_stay_inside(root, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside")
     save_file(draw(PLANS["ddpm"]), str(outside / "net.safetensors"))
     assert unconditional_files.find_file(os.path.relpath(outside / "net.safetensors", root)) is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege")
+def test_linked_models_are_found_and_read(root, tmp_path_factory):
+    """Models on another disk: what is linked in is listed, and what is listed loads."""
+    outside = tmp_path_factory.mktemp("disk")
+    save_file(draw(PLANS["ddpm"]), str(outside / "net.safetensors"))
+    (root / "net.safetensors").symlink_to(outside / "net.safetensors")
+    (root / "lab").symlink_to(outside, target_is_directory=True)
+    assert list_models() == ["lab/net.safetensors", "net.safetensors"]
+    for name in list_models():
+        assert load_model(name)[0].model.diffusion_model.layout.family == "DDPM"
+    (root / "blobs").symlink_to(TRAINED, target_is_directory=True)
+    assert find_folder("blobs") == root / "blobs"
 
 
 def test_sizes_that_do_not_fit_are_refused(root):

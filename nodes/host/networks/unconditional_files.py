@@ -13,7 +13,7 @@ import torch
 from .unconditional import assemble, choose_dtype, discrete_sampling, load_unconditional
 from .unconditional_checkpoint import EXTENSIONS, Reading, Weights, read_weights
 from .unconditional_flat import FlatUNet
-from .unconditional_folders import list_files, list_folders, roots
+from .unconditional_folders import lies_inside, list_files, list_folders, roots
 from .unconditional_layouts import Layout, check_shapes, recognise, translate
 from .unconditional_unet import with_core_operations
 
@@ -30,7 +30,7 @@ def find_file(name: str) -> Path | None:
     for root in roots():
         path = root / name
         try:
-            if path.suffix.lower() in EXTENSIONS and path.is_file() and root.resolve() in path.resolve().parents:
+            if path.suffix.lower() in EXTENSIONS and lies_inside(path, root) and path.is_file():
                 return path
         except (OSError, ValueError):  # a name that no file can have
             continue

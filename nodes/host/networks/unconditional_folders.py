@@ -102,7 +102,7 @@ def find_folder(name: str) -> Path:
     for root in roots():
         folder = root / name
         try:
-            if folder.is_dir() and folder != root and root.resolve() in folder.resolve().parents:
+            if lies_inside(folder, root) and folder.is_dir():
                 return folder
         except (OSError, ValueError):  # a name that no folder can have
             continue
@@ -111,6 +111,11 @@ def find_folder(name: str) -> Path:
         f'folder: no {ascii(name[:60])} in {", ".join(map(str, roots()))} (found: {known}). '
         "Put the downloaded model's folder there: config.json, the .safetensors and scheduler_config.json."
     )
+
+
+def lies_inside(path: Path, root: Path) -> bool:
+    """By name: what a user links into the folder counts, `..` does not lead out of it."""
+    return Path(os.path.abspath(root)) in Path(os.path.abspath(path)).parents
 
 
 def read_json(path: Path, what: str) -> dict:
