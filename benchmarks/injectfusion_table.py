@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from tables import (
-    Table, choose_pairs, inversion_graph, load_picture, mean, node, pictures_of, sampling_graph, shown, unconditional_loader,
+    PLUMBING, RANDOM, Table, choose_pairs, inversion_graph, load_picture, mean, node, pictures_of, sampling_graph, shown, unconditional_loader,
 )
 from host import environment  # isort: skip  (tables makes it importable)
 
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     if not options.model.exists():
         print(f"error: --model: {options.model} does not exist.", file=sys.stderr)
         return 2
-    if options.weights != "random" and not Path(options.weights).is_dir():
+    if options.weights != RANDOM and not Path(options.weights).is_dir():
         print(f"error: --weights: {options.weights} is not a folder.", file=sys.stderr)
         return 2
     host = environment.prepare()
@@ -66,9 +66,9 @@ def make(host: environment.Host, options: argparse.Namespace) -> int:
     table = Table(options.work, settings)
     if not table.complete(name_of(*pair) for pair in pairs):
         draw(table, host, pairs, options)
-    note = ", measured with RANDOM networks: the plumbing was tried, the numbers mean nothing" if options.weights == "random" else ""
+    note = " (random networks)" if options.weights == RANDOM else ""
     text = "\n".join([
-        f"# InjectFusion's table, {options.model.stem}{note}", "",
+        f"# InjectFusion's table, {options.model.stem}{note}", "", *([PLUMBING, ""] if options.weights == RANDOM else []),
         f"{options.size} px, {options.steps} steps, gamma {options.gamma}, t_edit {options.t_edit}, omega {options.omega}, "
         f"t_boost {options.t_boost}; see benchmarks/injectfusion_table.py for the measures.", "",
         HEAD, PAPER, measure(table, pairs, options, note),

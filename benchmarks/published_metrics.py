@@ -110,7 +110,9 @@ class Networks:
         """A network with the file's tensors of its own names; a missing one is an error, heads that it lacks are not."""
         path = None if self.random else self.file(pattern)
         network = make()
-        if path is not None:
+        if path is None:
+            randomise(network)
+        else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)
             own = network.state_dict()
@@ -129,7 +131,7 @@ class Networks:
         """(2048,) features of the Inception that FID is published with; its own resizing."""
         def make():
             if self.random:
-                network = inception().eval().requires_grad_(False).to(self.device)
+                network = self._filled(inception, "")
                 return lambda pixels: network(F.interpolate(pixels.float() / 255, (299, 299), mode="bilinear"))
             try:
                 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -150,7 +152,9 @@ class Networks:
             except ImportError as error:
                 raise Missing("lpips: pip install --no-deps lpips") from error
             network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-            if not self.random:
+            if self.random:
+                randomise(network.net)
+            else:
                 trunk = torch.load(self.file("alexnet*.pth"), map_location="cpu", weights_only=True)
                 fill_alexnet(network, trunk)
             return network.eval().requires_grad_(False).to(self.device)
@@ -201,6 +205,13 @@ def inception() -> torch.nn.Module:
     network = torchvision.models.inception_v3(weights=None, aux_logits=False, transform_input=False, init_weights=False)
     network.fc = torch.nn.Identity()
     return network
+
+
+def randomise(network: torch.nn.Module) -> None:
+    """Random convolutions that keep the activations' size (He et al. 2015), so that features differ visibly."""
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)
 
 
 def fill_alexnet(network: torch.nn.Module, trunk: dict[str, Tensor]) -> None:

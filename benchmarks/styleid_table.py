@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from tables import (
-    MINI, Table, checkpoint_loader, choose_pairs, inversion_graph, load_picture, mean, node, pictures_of, sampling_graph, shown,
+    MINI, PLUMBING, RANDOM, Table, checkpoint_loader, choose_pairs, inversion_graph, load_picture, mean, node, pictures_of, sampling_graph, shown,
 )
 from host import environment  # isort: skip  (tables makes it importable)
 
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     if options.checkpoint != MINI and not Path(options.checkpoint).is_file():
         print(f"error: --checkpoint: {options.checkpoint} is not a file.", file=sys.stderr)
         return 2
-    if options.weights != "random" and not Path(options.weights).is_dir():
+    if options.weights != RANDOM and not Path(options.weights).is_dir():
         print(f"error: --weights: {options.weights} is not a folder.", file=sys.stderr)
         return 2
     host = environment.prepare()
@@ -67,7 +67,7 @@ def make(host: environment.Host, options: argparse.Namespace) -> int:
         draw(table, host, pairs, options)
     lines = [HEAD, PAPER, measure(table, pairs, options)]
     text = "\n".join([
-        f"# StyleID's reference table, {describe(options)}", "",
+        f"# StyleID's reference table, {describe(options)}", "", *([PLUMBING, ""] if options.weights == RANDOM else []),
         f"{options.size} px, {options.steps} steps, gamma {options.gamma}, temperature {options.temperature}, layers {options.layers}; "
         "see benchmarks/styleid_table.py for the measures.", "", *lines,
     ]) + "\n"
@@ -85,7 +85,7 @@ def name_of(content: Path, style: Path) -> str:
 
 def describe(options: argparse.Namespace) -> str:
     model = "the mini model" if options.checkpoint == MINI else Path(options.checkpoint).stem
-    return model + (", measured with RANDOM networks: the plumbing was tried, the numbers mean nothing" if options.weights == "random" else "")
+    return model + (" (random networks)" if options.weights == RANDOM else "")
 
 
 def draw(table: Table, host: environment.Host, pairs: list[tuple[Path, Path]], options: argparse.Namespace) -> None:

@@ -23,6 +23,8 @@ from host.environment import Host  # noqa: E402
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BANKS = "pastiche_features"  # Save Features' folder in the server's output
 MINI = "mini"
+RANDOM = "random"  # in the place of a folder with the measures' weights
+PLUMBING = "The pictures are real, the measures' networks have random weights: this shows that everything runs, its numbers mean nothing."
 
 
 def node(kind: str, **inputs) -> dict:
