@@ -66,3 +66,12 @@ def test_zero_weight_returns_the_plain_result_exactly():
     out = blend(plain, styled, weight)
     assert torch.equal(out[:, ::4], plain[:, ::4])
     assert torch.allclose(out[:, 2], (plain[:, 2] + styled[:, 2]) / 2)
+
+
+def test_a_single_pixel_has_a_mean_and_no_deviation():
+    """1x1 latents once became NaN: n - 1 is 0."""
+    one, many = torch.tensor([3.0, -1.0]).view(1, 2, 1, 1), torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    mean, std = masked_statistics(one)
+    assert torch.equal(mean, one) and not std.any()
+    assert torch.equal(adain(one, many), many.mean(dim=(2, 3), keepdim=True))
+    assert torch.equal(adain(many, one), one.expand_as(many))

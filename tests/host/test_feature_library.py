@@ -118,3 +118,110 @@ def test_conditioning_that_a_file_cannot_hold_is_refused(model, trajectory):
     guided = replace(trajectory, conditioning=[[context, extra | {"control": object()}]])
     with pytest.raises(ValueError, match="carries control"):
         save_bank(capture(model, guided, "h_space", "auto", "recompute"), "control")
+
+
+def rewritten(path, name, change):
+    """The file with one tensor changed."""
+    tensors = safetensors.torch.load_file(str(path))
+    with safetensors.safe_open(str(path), "pt") as file:
+        about = file.metadata()
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    tensors[name] = change(tensors[name])
+    safetensors.torch.save_file(tensors, str(path), about)
+
+
+def spoiled(tensor):
+    tensor.flatten()[-1] = float("nan")
+    return tensor
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("trajectory.sigmas", lambda sigmas: sigmas.flip(0).contiguous(), "noise levels must ascend from 0"),
+    ("trajectory.sigmas", spoiled, r"trajectory \(sigmas\): holds NaN"),
+    ("trajectory.latents", spoiled, r"trajectory \(latents\): holds NaN"),
+    ("conditioning.context", spoiled, "conditioning: holds NaN"),
+    ("trajectory.latents", lambda latents: latents[:2].contiguous(), "damaged"),
+])
+@pytest.mark.parametrize("memory", ["ram", "disk", "recompute"])
+def test_a_trajectory_that_is_none_is_refused(model, trajectory, name, change, message, memory):
+    path = save_bank(capture(model, trajectory, "h_space", "auto", "ram"), "spoiled")
+    rewritten(path, name, change)
+    with pytest.raises(ValueError, match=f'"{path.name}" is damaged: .*{message}' if message != "damaged" else message):
+        load_bank(path.name, memory, model)
+
+
+def test_features_that_are_nan_are_told(model, trajectory):
+    bank = capture(model, trajectory, "h_space", "auto", "ram")
+    path, key = save_bank(bank, "nan"), bank.keys[0]
+    rewritten(path, str(key), spoiled)
+    with pytest.raises(ValueError, match=f'"{path.name}": h_space/middle.0.0 holds NaN or infinite values at step 3'):
+        load_bank(path.name, "ram", model)
+    store = load_bank(path.name, "disk", model).store
+    assert store.read(key, 1, CPU).isfinite().all()
+    with pytest.raises(ValueError, match="at step 3"):
+        store.read(key, 3, CPU)
+
+
+@pytest.mark.parametrize("changes", [{"keys": "[" * 3000}, {"keys": "[1]"}, {"keys": "[]"}, {"keys": '["nothing/output.1.0"]'}, {"keys": '["x"]'}, {"method": ""}, {"keys": "{}"}])
+def test_notes_that_mean_nothing_are_refused(model, trajectory, changes):
+    path = save_bank(capture(model, trajectory, "h_space", "auto", "ram"), "notes")
+    tensors = safetensors.torch.load_file(str(path))
+    with safetensors.safe_open(str(path), "pt") as file:
+        about = file.metadata()
+    safetensors.torch.save_file({key: tensor.clone() for key, tensor in tensors.items()}, str(path), {**about, **changes})
+    if changes == {"method": ""}:
+        assert load_bank(path.name, "disk", model).store is None  # as a file without features
+        return
+    with pytest.raises(ValueError, match="is damaged"):
+        load_bank(path.name, "ram", model)
+
+
+def test_the_name_that_save_features_gives_is_the_one_that_load_features_lists(model, trajectory):
+    from pastiche.nodes.features import LoadFeatures, SaveFeatures
+
+    bank = capture(model, trajectory, "h_space", "auto", "recompute")
+    for prefix in ("agreed", "a/b/agreed", "agreed/"):
+        name = SaveFeatures.execute(bank, prefix).result[0]
+        forget_listing()
+        assert name in list_files()
+        assert torch.equal(LoadFeatures.execute(name, model, "recompute").result[1].latents, trajectory.latents)
+
+
+def test_a_name_that_another_listed_folder_has_is_not_taken(model, trajectory):
+    """Load Features reads the first it finds, and models/ comes before output/."""
+    bank = capture(model, trajectory, "h_space", "auto", "recompute")
+    first = Path(folder_paths.models_dir) / "pastiche_features" / "taken_00001_.safetensors"
+    first.parent.mkdir(parents=True, exist_ok=True)
+    first.write_bytes(b"")
+    assert save_bank(bank, "taken").name == "taken_00002_.safetensors"
+
+
+@pytest.mark.parametrize("prefix, message", [
+    ("", "give a name"), (" ", "give a name"), ("./", "give a name"), ("n" * 300, "no file can be called 'nnn"), ("a\0b", "no file can be called"), ("\ud800", "no file can be called"),
+])
+def test_names_that_no_file_can_have(model, trajectory, prefix, message):
+    with pytest.raises(ValueError, match=f"filename_prefix: .*{message}"):
+        save_bank(capture(model, trajectory, "h_space", "auto", "recompute"), prefix)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(model, trajectory, monkeypatch):
+    from pastiche.nodes.host.features import stores
+
+    bank = capture(model, trajectory, "h_space", "auto", "ram")
+    monkeypatch.setattr(stores.FileWriter, "write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ValueError, match="cannot be written .No space left on device"):
+        save_bank(bank, "full/disk")
+    assert not list((Path(folder_paths.get_output_directory()) / "pastiche_features" / "full").iterdir())
+    with pytest.raises(ValueError, match="memory: the disk took no more features .No space"):
+        capture(model, trajectory, "h_space", "auto", "disk")
+
+
+def test_numbers_beyond_half_precision_are_told(model, trajectory):
+    """An inf among half-precision features was once injected without a word."""
+    from pastiche.nodes.host.features.stores import MemoryStore
+
+    key = FeatureKey("h_space", "middle", 0)
+    half = MemoryStore({key: (1, 4)}, 1, torch.float16, CPU)
+    with pytest.raises(ValueError, match="h_space/middle.0.0 is NaN or beyond what float16 holds. Set precision to full"):
+        half.write(key, 1, torch.full((1, 4), 1e5))
+    MemoryStore({key: (1, 4)}, 1, torch.float32, CPU).write(key, 1, torch.full((1, 4), 1e5))

@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 
 import comfy.model_management
 import folder_paths
@@ -146,7 +147,7 @@ def _segmentation_model() -> type[torch.nn.Module]:
 
 @contextlib.contextmanager
 def _settings_kept():
-    """ultralytics changes torch.save, print options, OpenCV's threads and variables on import; put them back."""
+    """ultralytics changes torch.save, print options, OpenCV's threads, warning filters and variables on import; put them back."""
     if "ultralytics" in sys.modules:
         yield
         return
@@ -159,7 +160,8 @@ def _settings_kept():
     os.makedirs(os.environ["YOLO_CONFIG_DIR"], exist_ok=True)
     shown = vars(torch._tensor_str.PRINT_OPTS).copy() if hasattr(torch, "_tensor_str") else {}
     try:
-        yield
+        with warnings.catch_warnings():  # whose filters are everybody's
+            yield
     finally:
         torch.save = save
         numpy.set_printoptions(**{key: value for key, value in printing.items() if key != "override_repr"})

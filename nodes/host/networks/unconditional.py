@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from pathlib import Path
 from typing import Any, Callable
 
@@ -65,8 +66,9 @@ def load_unconditional(name: str, weight_dtype: str = "default", clip_denoised: 
     """
     folder = find_folder(name)
     dtype = choose_dtype(weight_dtype)
-    network = _load_network(folder, dtype)
-    sampling = make_sampling(read_json(_scheduler_path(folder), "scheduler_config.json"), clip_denoised)
+    with warnings.catch_warnings():  # what diffusers imports adds filters for the whole process
+        network = _load_network(folder, dtype)
+        sampling = make_sampling(read_json(_scheduler_path(folder), "scheduler_config.json"), clip_denoised)
 
     def wrap(operations: Any) -> UnconditionalUNet:
         return UnconditionalUNet(with_core_operations(network, operations), dtype)
