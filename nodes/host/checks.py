@@ -54,7 +54,7 @@ def check_input(part: Any, value: Any) -> None:
         elif kind == "MASK":
             check_mask(value, name)
         elif kind == "SIGMAS":
-            check_tensor(value, name, "Connect a Basic Scheduler.")
+            check_tensor(value, name, "Connect a Basic Scheduler.", (1,))
         elif kind == "CONDITIONING":
             check_conditioning(value, name)
         elif kind == "LORA_MODEL":
