@@ -107,9 +107,19 @@ def test_states_that_hold_nan_or_miss_parts_are_refused(train, folder):
     refused(lambda tensors, progress: tensors.update({"exp_avg.0": torch.zeros(7)}), "no training state")
     refused(lambda tensors, progress: progress.update(losses=[1.0]), "no training state")
     refused(lambda tensors, progress: progress.update(step=None), "no training state")
+    refused(lambda tensors, progress: progress.update(step=10**400), "no training state")
+    refused(lambda tensors, progress: progress.update(losses=[float("nan"), 1.0]), "losses or its scale are no numbers")
+    refused(lambda tensors, progress: progress.update(scaler={"scale": "x"}), "no training state")
+    refused(lambda tensors, progress: progress.update(scaler=functools.reduce(lambda inner, _: [inner], range(900), [])), "no training state")
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="no training state"):
         train(4)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "nul\0", "\ud800", "c:x"])
+def test_names_that_are_none(train, name):
+    with pytest.raises(ValueError, match="checkpoint: got .* give a plain name"):
+        train(1, name)
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_first_step(train, folder, monkeypatch):

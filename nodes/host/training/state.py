@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,11 @@ class TrainingState:
         except (KeyError, RuntimeError) as error:
             raise _no_state(self.path, error) from error
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        if self._scaler:
-            scaler.load_state_dict(self._scaler)
+        if self._scaler and scaler.is_enabled():
+            try:
+                scaler.load_state_dict(self._scaler)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise _no_state(self.path, error) from error
 
     def save(self, adapters: Any, optimizer: torch.optim.Optimizer, scaler: Any, force: bool = False) -> None:
         """Writes the file, if there is one, every SAVE_EVERY steps or when forced; a complete file or none.
@@ -114,7 +118,9 @@ class TrainingState:
             updates, scaler = int(progress.get("updates", step)), dict(progress["scaler"])
             if not 0 <= updates <= step or step < 1 or len(losses) != step or not isinstance(identity, dict):
                 raise ValueError(f"{step} steps, {updates} updates, {len(losses)} losses")
-        except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
+            if not all(map(math.isfinite, [*losses, *scaler.values()])):
+                raise ValueError("its losses or its scale are no numbers")
+        except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise _no_state(path, error) from error
         for name, value in self.identity.items():
             if identity.get(name) != value:
@@ -148,6 +154,6 @@ def state_path(name: str) -> Path | None:
     name = name.strip()
     if not name:
         return None
-    if any(character in name for character in '/\\:\0') or name.startswith("."):
-        raise ValueError(f'checkpoint: got "{name}"; give a plain name without folders, for example "my_style".')
+    if any(character in name for character in '/\\:\0') or name.startswith(".") or name != name.encode(errors="ignore").decode():
+        raise ValueError(f'checkpoint: got {ascii(name[:80])}; give a plain name without folders, for example "my_style".')
     return Path(folder_paths.get_output_directory()) / "loras" / f"{name}{SUFFIX}"
