@@ -33,6 +33,7 @@ class Source:
     keys, streams: the features needed, and the setting of Capture Features that gives them.
     size:    where latent sizes must agree, what to do about it; "" where any size will do.
     due:     tells for a sigma whether it must have been captured; None where the nearest one will do.
+    beside:  whether features that are not stored may come from rows of the sample's own forward (see beside.py).
     """
 
     name: str
@@ -43,6 +44,7 @@ class Source:
     streams: str = ""
     size: str = ""
     due: Callable[[float], bool] | None = None
+    beside: bool = False
 
     def require_captured(self) -> None:
         """Raises ValueError for features that the bank does not have."""
@@ -158,8 +160,8 @@ class Injection:
         try:
             for source in self.sources:
                 if source.bank is not None:
-                    run.use(source.bank, source.keys)
-            run.prepare()
+                    run.use(source.bank, source.keys, source.due, source.beside)
+            run.prepare(tuple(noise.shape))
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
             if owner:

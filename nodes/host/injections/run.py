@@ -19,6 +19,7 @@ from ..features.stores import MemoryStore, readable_size
 from ..networks.adapter import RUN, NetworkAdapter
 from ..networks.families import find_adapter
 from ..networks.neighbours import plain_pass, why_other_size
+from .beside import obstacle
 from .schedule import SAME_SIGMA, Schedule, nearest
 
 CONDITIONAL = 0  # core's number of the positive condition in `cond_or_uncond`, where nothing else is known
@@ -74,13 +75,31 @@ class SamplingRun:
         name = self._conditions.get(condition)
         return number == CONDITIONAL if name is None else not ("negative" in name or "uncond" in name)
 
-    def use(self, bank: FeatureBank, keys: Iterable[FeatureKey]) -> None:
+    def use(
+        self, bank: FeatureBank, keys: Iterable[FeatureKey], due: Callable[[float], bool] | None = None, beside: bool = False
+    ) -> None:
+        """due: noise levels at which they are asked for, None for all; beside: whether the user takes them from rows of
+        the sample's own forward, where they are not stored."""
         reader = self._banks.setdefault(id(bank), _BankReader(bank))
         reader.keys.update(keys)
+        reader.due.append(due)
+        reader.users_take_rows &= beside
 
-    def prepare(self) -> None:
+    def prepare(self, shape: tuple[int, ...]) -> None:
+        """shape: of the sampled latent (B, C, ...)."""
+        of_one_size = all(reader.size == shape[1:] for reader in self._banks.values())
         for reader in self._banks.values():
+            reader.users_take_rows &= of_one_size  # an attention has one number of keys for all of its rows
             reader.prepare(self._guider)
+
+    def waiting(self) -> list[_BankReader]:
+        """Readers whose features of this step are to come from rows of the next forward."""
+        return [reader for reader in self._banks.values() if reader.waits]
+
+    def apart(self) -> None:
+        """Evaluates for those readers now, and from now on, in forwards of their own."""
+        for reader in self.waiting():
+            reader.give_up(self._guider)
 
     def advance(self, sigma: float) -> None:
         for reader in self._banks.values():
@@ -117,23 +136,33 @@ class SamplingRun:
 
 
 class _BankReader:
-    """One bank during one run: the step's tensors, read or recomputed once."""
+    """One bank during one run: the step's tensors, read, recomputed once, or taken from rows beside the sample."""
 
     def __init__(self, bank: FeatureBank):
         self.bank = bank
         self.keys: set[FeatureKey] = set()
+        self.due: list[Callable[[float], bool] | None] = []
+        self.users_take_rows = True
+        self.waits = False
         self._store = bank.store
         self._step = 0
         self._tensors: dict[FeatureKey, torch.Tensor] = {}
         self._conds: list | None = None
         self._plain: ModelPatcher | None = None
         self._warned = False
+        self._beside = False
 
     def prepare(self, guider: comfy.samplers.CFGGuider) -> None:
         """Features of a MODEL with other weights than the sampled one cannot be made beside it without swapping
         weights at every step: they are made once now, for this run only."""
         bank = self.bank
-        if self._store is not None or same_weights(bank.model, guider.model_patcher):
+        if self._store is not None:
+            return
+        if same_weights(bank.model, guider.model_patcher):
+            reason = obstacle(guider, self.plain, bank.trajectory) if self.users_take_rows else ""
+            self._beside = self.users_take_rows and not reason
+            if reason:
+                logging.info("Pastiche: reference features are evaluated apart from the sample: %s.", reason)
             return
         shapes = feature_shapes(find_adapter(bank.model), self.keys, bank.trajectory)
         store = MemoryStore(shapes, bank.trajectory.steps, storage_dtype(bank.model, "half"), torch.device("cpu"))
@@ -144,17 +173,49 @@ class _BankReader:
         record(bank.model, bank.trajectory, self.keys, store.write)
         self._store = store
 
+    @property
+    def plain(self) -> ModelPatcher:
+        self._plain = self._plain or plain_pass(self.bank.model)
+        return self._plain
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """(C, H, W) of a latent."""
+        return tuple(self.bank.trajectory.latents.shape[2:])
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """(B, C, ...) of this step, in model space."""
+        return self.bank.trajectory.latents[self._step]
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        return self.bank.trajectory.sigmas[self._step]
+
     def advance(self, guider: comfy.samplers.CFGGuider, sigma: float) -> None:
         step = self._nearest(sigma)
         if step == self._step:
             return
         self._step = step
-        self._tensors = {}
-        if self._store is None:
-            self._recompute(guider)
+        self._tensors, self.waits = {}, False
+        if self._store is None and any(due is None or due(sigma) for due in self.due):
+            self.waits = self._beside
+            if not self._beside:
+                self._recompute(guider)
+
+    def give_up(self, guider: comfy.samplers.CFGGuider) -> None:
+        self._beside = self.waits = False
+        self._recompute(guider)
+
+    def keep(self, key: FeatureKey, tensor: torch.Tensor) -> None:
+        """Takes a tensor (B, ...) of this step that a forward made beside the sample."""
+        if key in self.keys and key not in self._tensors:
+            self._tensors[key] = tensor.clone()
 
     def read(self, guider: comfy.samplers.CFGGuider, key: FeatureKey, sigma: float, like: torch.Tensor) -> torch.Tensor:
         self.advance(guider, sigma)
+        if key not in self._tensors and self._store is None:
+            self.give_up(guider)
         if key not in self._tensors:
             self._tensors[key] = self._store.read(key, self._step, like.device)
         tensor = self._tensors[key]
@@ -171,11 +232,10 @@ class _BankReader:
 
     def _recompute(self, guider: comfy.samplers.CFGGuider) -> None:
         """Runs the reference latent of this step through the model being sampled, with the bank's own options."""
-        self._plain = self._plain or plain_pass(self.bank.model)
-        trajectory, model = self.bank.trajectory, self._plain
+        trajectory, model = self.bank.trajectory, self.plain
         device = guider.model_patcher.load_device
-        latent = trajectory.latents[self._step].to(device)
-        sigma = trajectory.sigmas[self._step].to(device).expand(trajectory.batch)
+        latent = self.latents.to(device)
+        sigma = self.sigma.to(device).expand(trajectory.batch)
         if self._conds is None:
             conds = {"positive": comfy.sampler_helpers.convert_cond(trajectory.conditioning)}
             self._conds = comfy.samplers.process_conds(guider.inner_model, latent, conds, device)["positive"]

@@ -6,6 +6,7 @@ from typing import Any, Callable
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 
 from ...algorithms.masks import resize_mask
 from ...algorithms.references import sampling_progress, scheduled
@@ -13,10 +14,12 @@ from ...algorithms.styleid import blend, injected_query
 from ...sockets import FeatureBank, FeatureKey
 from ..networks.adapter import Attend, Attended, NetworkAdapter, Place, Replacement, Slot
 from ..networks.families import find_adapter
-from .base import Injection, Source
+from .base import WRAPPERS, Injection, Source
+from .beside import BESIDE, RowsBeside
 from .hints import Expected, Other
 from .run import SamplingRun, current_run, rows_of
 from .schedule import SigmaRange, current_sigma, sigma_range
+from .style_marks import STYLE_INJECTION
 
 HIDDEN = ("self_attention",)
 PROJECTED = ("self_attention_q", "self_attention_k", "self_attention_v")
@@ -28,14 +31,14 @@ OTHER_KIND = (
 STYLED = "pastiche_styled"  # in options: the attention of another Style Injection's own queries and keys is being computed
 
 
-class StylePatches(Injection):
+class StylePatches(Injection, RowsBeside):
     """Works on the hidden state before the projections where the bank has it (one tensor a layer, any attention
     kernel), or on projected q, k, v where those were captured.
 
     Several on one MODEL nest: each blends its own injection into the sample's attention with what came before.
     """
 
-    name = "Style Injection"
+    name = STYLE_INJECTION
 
     def __init__(
         self,
@@ -72,7 +75,9 @@ class StylePatches(Injection):
 
     def _source(self, name: str, bank: FeatureBank, needed: tuple[str, ...], streams: str, size: str) -> Source:
         keys = tuple(FeatureKey(stream, *slot) for stream in needed for slot in self.slots)
-        return Source(name, f"The {name} features", bank.trajectory, bank, keys, streams, size, self.sigmas.holds)
+        return Source(
+            name, f"The {name} features", bank.trajectory, bank, keys, streams, size, self.sigmas.holds, beside=not self.projected
+        )
 
     @property
     def changes(self) -> bool:
@@ -90,6 +95,12 @@ class StylePatches(Injection):
             self._lost = adapter.replace_attention(model, "attn1", self.slots, self.attn1_replace)
         else:
             adapter.change_hidden(model, self.change_hidden, self.blends)
+            model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPERS, self.apply_model)
+            model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, WRAPPERS, self.prepare_sampling)
+
+    @property
+    def rows_beside(self) -> int:
+        return sum(source.trajectory.batch for source in self.sources if source.beside and source.bank.store is None)
 
     def check(self, guider: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> None:
         self.warn_of_losses(self._lost(guider.model_options["transformer_options"]))
@@ -126,12 +137,20 @@ class StylePatches(Injection):
         return scheduled(self.gamma, self.gamma_end, sampling_progress(current_sigma(options), levels), self.schedule)
 
     def change_hidden(self, own: torch.Tensor, inputs: Attended, options: dict) -> Replacement | None:
-        run = self._run(options)
+        run, beside = self._run(options), options.get(BESIDE)
         if run is None:
             return None
+        if beside is not None:
+            beside.keep(FeatureKey("self_attention", *options["block"], options["block_index"]), own)
+            own = own[: beside.rows]
         style = self._feature(run, self.style, "self_attention", options, own)
         query = self._query(run, own, self._feature(run, self.content, "self_attention", options, own), options)
-        return Replacement(Attended(query, style, style), self._weight(run, own, options) if self.blends else None)
+        changed, weight = Attended(query, style, style), self._weight(run, own, options) if self.blends else None
+        if beside is None:
+            return Replacement(changed, weight)
+        if isinstance(weight, torch.Tensor):
+            weight = beside.joined(weight, weight.new_zeros(inputs.query.shape[0], *weight.shape[1:]))
+        return Replacement(Attended(*(beside.joined(*pair) for pair in zip(changed, inputs))), weight)
 
     def attn1_replace(self, slot: Slot, attend: Attend) -> Attend:
         """Replaces projected q, k, v (rows, T, C) before `attend`."""

@@ -12,9 +12,8 @@ from ..networks.families import find_adapter
 from .base import Injection, Source
 from .run import current_run
 from .schedule import current_sigma, sigma_range
+from .style_marks import STYLE_PLAN, STYLE_ROWS
 
-STYLE_ROWS = "pastiche_style_rows"  # in transformer_options: the style number of every batch row
-STYLE_PLAN = "pastiche_style_plan"  # there too: (style number, caller's condition number) of each number in cond_or_uncond
 SAME_SIZE = "In the Multi-Style Guider a style image must have the size of the content: scale it before encoding."
 
 
