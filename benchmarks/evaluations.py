@@ -2,9 +2,10 @@
 
     python benchmarks/evaluations.py ASSETS [--size 256] [--steps 20] [--rounds 2] [--pairs 2] [--table FILE]
 
-An evaluation is one row (one image) through the network once. The authors' code takes 24 at 8 steps and 150 at 50:
-two inversions with the features taken on the way, and the sampling. Then the round trip of the inversion, and how
-near the picture with features kept on the way is to the one with features captured at the latents themselves.
+An evaluation is one row (one image) through the network once, a forward one call of the network. The authors' code
+takes 24 at 8 steps and 150 at 50: two inversions with the features taken on the way, and the sampling. Then the round
+trip of the inversion, how near the picture with features kept on the way is to the one with features captured at the
+latents themselves, and what the authors' codes store, computed from the layers' shapes.
 """
 
 import argparse
@@ -23,9 +24,10 @@ import torch
 from pastiche.nodes.algorithms.metrics import psnr
 from pastiche.nodes.host.features.capture import capture
 from pastiche.nodes.host.features.library import load_bank, register_folder, save_bank
-from pastiche.nodes.host.features.on_the_way import invert_and_capture
+from pastiche.nodes.host.features.on_the_way import invert_and_capture, invert_several
 from pastiche.nodes.host.features.stores import readable_size
 from pastiche.nodes.host.injections.style import inject_style
+from pastiche.nodes.host.networks.families import find_adapter
 from pastiche.nodes.host.networks.mini import load_mini
 from pastiche.nodes.host.trajectories.inversion import invert, noise_latent, reconstruct
 from pastiche.nodes.host.trajectories.latent_adain import latent_adain
@@ -40,19 +42,25 @@ class Studio:
 
     def __init__(self, content, style):
         self.model, self.vae, kinds = load_mini()
-        self.empty, self.evaluations = kinds["empty"], 0
-        self.model = self.model.clone()
-        self.model.set_model_unet_function_wrapper(self._count)
+        self.empty, self.evaluations, self.forwards = kinds["empty"], 0, 0
+        self.model.model.diffusion_model.register_forward_pre_hook(self._count)
         self.content, self.style = ({"samples": self.vae.encode(image[None])} for image in (content, style))
         self.saved = {}
 
-    def _count(self, apply_model, args):
-        self.evaluations += args["input"].shape[0]
-        return apply_model(args["input"], args["timestep"], **args["c"])
+    def _count(self, network, args):
+        self.evaluations += args[0].shape[0]
+        self.forwards += 1
 
     def invert(self, latent, steps, scheme="predicted", memory="ram"):
         return invert_and_capture(
             self.model, latent, schedule(self.model, steps), "self_attention", LAYERS, memory, positive=self.empty, scheme=scheme
+        )
+
+    def together(self, steps, memory="ram"):
+        """Content and style by one DDIM Inversion, in one batch."""
+        return invert_several(
+            self.model, [self.content, self.style], schedule(self.model, steps), "self_attention", LAYERS, memory, positive=self.empty,
+            scheme="predicted",
         )
 
     def save_style(self, steps):
@@ -70,6 +78,9 @@ class Studio:
 
     def picture(self, steps, scheme="predicted", memory="ram"):
         return self.finish(self.invert(self.content, steps, scheme, memory), self.invert(self.style, steps, scheme, memory), steps)
+
+    def picture_together(self, steps, memory="ram"):
+        return self.finish(*self.together(steps, memory), steps)
 
     def picture_of_a_saved_style(self, steps):
         bank = load_bank(self.saved[steps], "disk", self.model)
@@ -112,6 +123,31 @@ class Peak:
             self.bytes = torch.cuda.max_memory_allocated() - self._before
 
 
+def stored_features(studio, side):
+    """Lines of a table: bytes of features that the authors' codes keep for one picture, and ours, from the layers' shapes.
+
+    Both codes keep q, k and v of every chosen layer at every step of content and style. CompVis: float32 (its inversion
+    runs outside of autocast), layers 6-11, 50 steps; a copy for each of the two beside the list that they were made in,
+    which then holds the merged ones. diffusers: half precision, layers 7-11, 20 steps; a copy for each, and the hooks' own.
+    Ours keeps the hidden state before the projections, in half precision, for each of the two.
+    """
+    sd15 = {number: (32 * 32, 640) if number < 9 else (64 * 64, 320) for number in range(6, 12)}  # at 512 px
+    adapter = find_adapter(studio.model)
+    mini = {key.number: adapter.shape(key, side, side) for key in adapter.keys("self_attention", LAYERS)}
+    lines = [
+        "", "Features kept for one picture, content and style, in bytes from the layers' shapes (see the script); with `recompute` ours are "
+        "the two trajectories alone.", "", "| settings | the authors' code | ours, `ram` | ratio |", "|---|---|---|---|",
+    ]
+    for model, layers in (("SD1.5, 512 px", sd15), (f"mini model, {8 * side} px", mini)):
+        for code, first, steps, width, copies in (("CompVis", 6, 50, 4, 2), ("diffusers", 7, 20, 2, 3)):
+            values = sum(tokens * channels for number, (tokens, channels) in layers.items() if number >= first) * steps
+            theirs, ours = 3 * values * width * copies, values * 2 * 2
+            lines.append(
+                f"| {model}, {code}, layers {first}-11, {steps} steps | {readable_size(theirs)} | {readable_size(ours)} | {ours / theirs:.2f} |"
+            )
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("assets", type=Path)
@@ -131,31 +167,39 @@ def main():
         f"plain sampling, {steps} steps": lambda: studio.plain(steps),
         f"one picture, {steps} steps": lambda: studio.picture(steps),
         f"one picture, its style saved, {steps} steps": lambda: studio.picture_of_a_saved_style(steps),
-        f"one picture, features beside the sample (recompute), {steps} steps": lambda: studio.picture(steps, memory="recompute"),
+        f"one picture, content and style in one batch, {steps} steps": lambda: studio.picture_together(steps),
+        f"the same with recompute, {steps} steps": lambda: studio.picture_together(steps, "recompute"),
         f"one picture, `fixed_point`, captured apart, {steps} steps": lambda: studio.picture_captured_apart(steps, "fixed_point"),
         "the authors' settings: `next`, 8 steps (theirs: 24)": lambda: studio.picture(8, "next"),
         "ours, 8 steps": lambda: studio.picture(8),
+        "the authors' settings: `current`, 50 steps (theirs: 150)": lambda: studio.picture(50, "current"),
     }
+    rounds = {name: 1 if "50 steps" in name or "fixed_point" in name else options.rounds for name in rows}
     found = {name: [] for name in rows}
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
         for name, work in rows.items():
-            studio.evaluations, started = 0, time.process_time()
+            if number >= rounds[name]:
+                continue
+            studio.evaluations = studio.forwards = 0
+            started = time.process_time()
             with Peak() as peak:
                 work()
-            found[name].append((studio.evaluations, time.process_time() - started, peak.bytes))
+            found[name].append((studio.evaluations, studio.forwards, time.process_time() - started, peak.bytes))
             print(name, found[name][-1], flush=True)
     text = [
         f"# Evaluations for a StyleID picture, mini model, {options.size} px",
         "",
-        f"Median of {options.rounds} interleaved rounds; peak: growth of the process. {setup_host.hardware()}. An evaluation is one "
-        "row through the network once; the authors' code takes 24 at 8 steps and 150 at 50.",
+        f"Median of {options.rounds} interleaved rounds (one of `fixed_point` and of 50 steps); peak: growth of the process. "
+        f"{setup_host.hardware()}. An evaluation is one row through the network once, a forward one call of it; the authors' code takes "
+        "24 evaluations at 8 steps and 150 at 50.",
         "",
-        "| what | evaluations | CPU, s | peak |",
-        "|---|---|---|---|",
+        "| what | evaluations | forwards | CPU, s | peak |",
+        "|---|---|---|---|---|",
     ]
     for name, values in found.items():
-        evaluations, seconds, size = (statistics.median(column) for column in zip(*values))
-        text.append(f"| {name} | {evaluations:.0f} | {seconds:.1f} | {readable_size(int(size))} |")
+        evaluations, forwards, seconds, size = (statistics.median(column) for column in zip(*values))
+        text.append(f"| {name} | {evaluations:.0f} | {forwards:.0f} | {seconds:.1f} | {readable_size(int(size))} |")
+    text += stored_features(studio, options.size // 8)
     text += ["", "| pair | steps | round trip of the content, dB | picture against exact features, dB |", "|---|---|---|---|"]
     for i in range(options.pairs):
         studio = Studio(photos[i], paintings[i])

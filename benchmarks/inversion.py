@@ -16,10 +16,12 @@ from pastiche.nodes.host.networks.mini import load_mini
 from report import CONTENTS, add_outputs, pictures, publish
 from support.sampling import schedule
 
-# scheme, steps, tolerance of fixed_point
-RUNS = (("current", 50, None), ("next", 20, None), ("next", 50, None), ("midpoint", 20, None), ("predicted", 10, None),
-        ("predicted", 20, None), ("fixed_point", 20, 1e-3), ("fixed_point", 20, 1e-4))
-RUNS_OF_TRANSFORMERS = tuple((scheme, 20, None) for scheme in ("next", "predicted")) + (("fixed_point", 20, 1e-4),)
+# scheme, steps, scheduler, tolerance of fixed_point
+RUNS = (("current", 50, "normal", None), ("next", 20, "normal", None), ("next", 50, "normal", None), ("midpoint", 20, "normal", None),
+        ("predicted", 10, "normal", None), ("predicted", 10, "simple", None), ("predicted", 10, "ddim_uniform", None),
+        ("predicted", 20, "normal", None), ("fixed_point", 10, "normal", 1e-3), ("fixed_point", 20, "normal", 1e-3),
+        ("fixed_point", 20, "normal", 1e-4))
+RUNS_OF_TRANSFORMERS = tuple((scheme, 20, "normal", None) for scheme in ("next", "predicted")) + (("fixed_point", 20, "normal", 1e-4),)
 
 
 def main():
@@ -46,27 +48,27 @@ def main():
     for image in images.movedim(1, -1):  # BCHW -> BHWC
         latent = vae.encode(image[None])
         target = vae.decode(latent).cpu()
-        for i, (scheme, steps, tolerance) in enumerate(runs):
+        for i, (scheme, steps, scheduler, tolerance) in enumerate(runs):
             settings = {} if tolerance is None else {"tolerance": tolerance}
             counted, started = 0, time.process_time()
-            _, trajectory = invert(model, {"samples": latent}, schedule(model, steps), kinds["empty"], scheme, **settings)
+            _, trajectory = invert(model, {"samples": latent}, schedule(model, steps, scheduler), kinds["empty"], scheme, **settings)
             seconds[i].append(time.process_time() - started)
             evaluations[i].append(counted)
             quality[i].append(psnr(vae.decode(reconstruct(model, trajectory)).cpu(), target, 1.0))
-            print(scheme, steps, tolerance, evaluations[i][-1], f"{quality[i][-1]:.1f} dB", flush=True)
+            print(scheme, steps, scheduler, tolerance, evaluations[i][-1], f"{quality[i][-1]:.1f} dB", flush=True)
     text = [
         f"# Inversion round trip, mini {'model' if options.architecture == 'unet' else options.architecture}, {options.size} px",
         "",
         "PSNR in dB of what core's euler sampler makes of the NOISE, against the VAE's decode; the inversion's network evaluations "
         f"and CPU seconds are means. {setup_host.hardware()}.",
         "",
-        "| scheme | steps | evaluations | CPU, s | " + " | ".join(name.split(".")[0] for name in CONTENTS[: options.photos]) + " | **mean** |",
-        "|---|---|---|---|" + "---|" * (options.photos + 1),
+        "| scheme | steps | scheduler | evaluations | CPU, s | " + " | ".join(name.split(".")[0] for name in CONTENTS[: options.photos]) + " | **mean** |",
+        "|---|---|---|---|---|" + "---|" * (options.photos + 1),
     ]
-    for (scheme, steps, tolerance), dB, counts, spent in zip(runs, quality, evaluations, seconds):
+    for (scheme, steps, scheduler, tolerance), dB, counts, spent in zip(runs, quality, evaluations, seconds):
         name = scheme if tolerance is None else f"{scheme}, tolerance {tolerance:.0e}"
         text.append(
-            f"| {name} | {steps} | {mean(counts):.0f} | {mean(spent):.1f} | " + " | ".join(f"{value:.1f}" for value in dB)
+            f"| {name} | {steps} | {scheduler} | {mean(counts):.0f} | {mean(spent):.1f} | " + " | ".join(f"{value:.1f}" for value in dB)
             + f" | **{mean(dB):.1f}** |"
         )
     publish(text, options.table)

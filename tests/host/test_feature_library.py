@@ -8,10 +8,12 @@ import safetensors.torch
 import torch
 from pastiche.nodes.host.features.capture import capture
 from pastiche.nodes.host.features.library import list_files, load_bank, register_folder, save_bank
+from pastiche.nodes.host.features.on_the_way import invert_and_capture
+from pastiche.nodes.host.injections.style import inject_style
 from pastiche.nodes.host.trajectories.inversion import invert
 from pastiche.nodes.sockets import FeatureKey
 from support.models import tiny_cond, tiny_unet
-from support.sampling import random_latent, schedule
+from support.sampling import random_latent, sample, schedule
 
 CPU = torch.device("cpu")
 
@@ -225,3 +227,28 @@ def test_numbers_beyond_half_precision_are_told(model, trajectory):
     with pytest.raises(ValueError, match="h_space/middle.0.0 is NaN or beyond what float16 holds. Set precision to full"):
         half.write(key, 1, torch.full((1, 4), 1e5))
     MemoryStore({key: (1, 4)}, 1, torch.float32, CPU).write(key, 1, torch.full((1, 4), 1e5))
+
+
+def test_a_photo_in_several_saved_styles_is_inverted_once_and_costs_its_samplings():
+    """Every forward of the network is counted: the library's part of a picture is none of them."""
+    model, steps = tiny_unet(), 2
+    sigmas, positive, forwards = schedule(model, steps), tiny_cond(model), []
+    names = []
+    for seed in (2, 3):
+        bank = invert_and_capture(
+            model, {"samples": random_latent(seed=seed)}, sigmas, "self_attention", "6-8", "ram", positive=positive, scheme="next"
+        )[2]
+        names.append(f"library/{save_bank(bank, f'library/styles_{seed}').name}")
+    forget_listing()
+    model.model.diffusion_model.register_forward_pre_hook(lambda module, args: forwards.append(len(args[0])))
+    noise, _, content = invert_and_capture(
+        model, {"samples": random_latent(seed=1)}, sigmas, "self_attention", "6-8", "ram", positive=positive, scheme="predicted"
+    )
+    assert forwards == [1] * (steps + 1)
+    pictures = []
+    for memory, name in zip(("disk", "ram"), names):
+        forwards.clear()
+        patched = inject_style(model, load_bank(name, memory, model), content, 0.75, 1.5, 1.0, "6-8", 0.0, 1.0, None)
+        pictures.append(sample(patched, noise["samples"], sigmas, positive))
+        assert forwards == [1] * steps
+    assert not torch.allclose(*pictures, atol=1e-2)

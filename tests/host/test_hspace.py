@@ -74,6 +74,21 @@ def test_h_is_the_slerp_of_the_papers_equation(family):
     assert not torch.allclose(mixed[0][2], plain[0][2], atol=1e-2)
 
 
+def test_masked_content_keeps_its_norm_where_the_node_is_told_so(model, positive, bank):
+    """match_norm off, as the authors' code has it with masks; the closed form on the masked half."""
+    mask = torch.zeros(1, 2, 2)
+    mask[..., :1] = 1
+    latent, sigmas = random_latent(16, 16), schedule(model, STEPS)[:2]
+    plain, _ = h_values(model, latent, sigmas, positive)
+    mixed, _ = h_values(inject_content(model, bank, 0.6, 0, mask=mask, match_norm=False), latent, sigmas, positive)
+    a, b = plain[0][2][..., :1].double(), captured(bank, STEPS)[..., :1].double()
+    theta = torch.acos((a * b).sum() / (a.norm() * b.norm()))
+    expected = (torch.sin(0.4 * theta) * a + torch.sin(0.6 * theta) * b) / torch.sin(theta)
+    torch.testing.assert_close(mixed[0][2][..., :1].double(), expected, rtol=1e-4, atol=1e-5)
+    matched, _ = h_values(inject_content(model, bank, 0.6, 0, mask=mask), latent, sigmas, positive)
+    assert not torch.allclose(matched[0][2][..., :1].double(), expected, rtol=1e-2, atol=1e-3)
+
+
 def test_nothing_to_do_is_the_plain_result_bit_for_bit(model, positive, bank):
     latent, sigmas = random_latent(16, 16), schedule(model, STEPS)
     plain = sample(model, latent, sigmas, positive)
