@@ -1,6 +1,6 @@
 """Round trips of held-out photos with the mini model: reconstruction against the VAE's own decode.
 
-    python benchmarks/inversion.py ASSETS [--architecture unet] [--photos 4] [--size 256] [--table FILE]
+    python benchmarks/inversion.py ASSETS [--architecture unet] [--photos 4] [--size 256] [--schemes current,next] [--table FILE]
 """
 
 import argparse
@@ -30,10 +30,12 @@ def main():
     parser.add_argument("--architecture", default="unet", choices=("unet", "transformer"))
     parser.add_argument("--photos", type=int, default=4)
     parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--schemes", default="", help="comma-separated, to run a part of the table")
     add_outputs(parser)
     options = parser.parse_args()
     model, vae, kinds = load_mini(architecture=options.architecture)
     runs = RUNS if options.architecture == "unet" else RUNS_OF_TRANSFORMERS
+    runs = [run for run in runs if not options.schemes or run[0] in options.schemes.split(",")]
     counted = 0
 
     def count(apply_model, args):

@@ -194,11 +194,9 @@ class _BankReader:
 
     def advance(self, guider: comfy.samplers.CFGGuider, sigma: float) -> None:
         step = self._nearest(sigma)
-        if step == self._step:
-            return
-        self._step = step
-        self._tensors, self.waits = {}, False
-        if self._store is None and any(due is None or due(sigma) for due in self.due):
+        if step != self._step:
+            self._step, self._tensors, self.waits = step, {}, False
+        if self._store is None and not self._tensors and any(due is None or due(sigma) for due in self.due):
             self.waits = self._beside
             if not self._beside:
                 self._recompute(guider)
