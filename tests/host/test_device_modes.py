@@ -4,6 +4,8 @@ The truth is the same computation with all models whole on the device. Weights a
 only the order of sums may differ between kernels of a real GPU; the simulated device has one kernel for each operator.
 """
 
+import functools
+
 import pytest
 import torch
 from pastiche.nodes.host.features.capture import capture
@@ -34,6 +36,13 @@ def whole():
     return memory_mode("default")
 
 
+@functools.cache
+def expected(run, *arguments):
+    """What `run` gives with all models whole; made once for all modes."""
+    with whole():
+        return run(*arguments)
+
+
 def styled(memory, streams="self_attention", dtype=torch.float32):
     """A StyleID run on a small U-Net: inversion, capture into `memory`, injection, sampling."""
     model = tiny_unet(dtype=dtype, cast=dtype)
@@ -48,47 +57,40 @@ def styled(memory, streams="self_attention", dtype=torch.float32):
 @pytest.mark.device("default", "partial", "novram", "dynamic-small")
 @pytest.mark.parametrize("features", ["vram", "recompute"])
 def test_style_injection(memory, features):
-    found = styled(features)
-    with whole():
-        assert_same(found, styled("ram"))
+    assert_same(styled(features), expected(styled, "ram"))
 
 
 @pytest.mark.device("default", "partial", "dynamic-small")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_style_injection_in_half_precision(memory, dtype):
     found = styled("recompute", dtype=dtype)
-    with whole():
-        assert_same(found, styled("ram", dtype=dtype))
+    assert_same(found, expected(styled, "ram", "self_attention", dtype))
     assert found.isfinite().all()
+
+
+def several_styles():
+    model = tiny_unet()
+    entries = [StyleEntry(lora=random_lora(model, i), conditioning=tiny_cond(model, seed=i), mask=mask)
+               for i, mask in enumerate(masks(2), 1)]
+    return sample_guider(multi_style_guider(model, tiny_cond(model), tiny_cond(model, seed=9), 3.0, entries))
 
 
 @pytest.mark.device("partial", "novram", "dynamic", "dynamic-small")
 def test_several_styles_in_one_forward(memory):
-    def run():
-        model = tiny_unet()
-        entries = [StyleEntry(lora=random_lora(model, i), conditioning=tiny_cond(model, seed=i), mask=mask)
-                   for i, mask in enumerate(masks(2), 1)]
-        return sample_guider(multi_style_guider(model, tiny_cond(model), tiny_cond(model, seed=9), 3.0, entries))
+    assert_same(several_styles(), expected(several_styles))
 
-    found = run()
-    with whole():
-        assert_same(found, run())
+
+def mini_model():
+    model, vae, conds = load_mini()
+    latent = vae.encode(torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0)))
+    positive = next(iter(conds.values()))
+    return latent, vae.decode(sample(model, latent, schedule(model, 2), positive))
 
 
 @pytest.mark.device("partial", "novram", "dynamic", "dynamic-small")
 def test_mini_model_and_its_vae(memory):
-    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
-
-    def run():
-        model, vae, conds = load_mini()
-        latent = vae.encode(image)
-        positive = next(iter(conds.values()))
-        return latent, vae.decode(sample(model, latent, schedule(model, 2), positive))
-
-    found = run()
-    with whole():
-        for ours, expected in zip(found, run()):
-            assert_same(ours, expected)
+    for ours, whole_ones in zip(mini_model(), expected(mini_model)):
+        assert_same(ours, whole_ones)
 
 
 @pytest.mark.device("partial", "novram", "dynamic-small")

@@ -148,11 +148,17 @@ def test_core_samples_the_same_in_every_memory_mode(memory):
     model = tiny_unet()
     x, cond, sigmas = random_latent(), tiny_cond(model), schedule(model, 2)
     found = sample(model, x, sigmas, cond)
+    resident = on_device(model)
     if memory in ("default", "partial", "novram"):
-        share = on_device(model) / sum(p.nbytes for p in model.model.parameters())
+        share = resident / sum(p.nbytes for p in model.model.parameters())
         assert {"default": share == 1, "partial": 0.3 < share < 0.5, "novram": share < 0.05}[memory], share
     else:
         assert model.is_dynamic()
-    with memory_mode("default"):
-        expected = sample(tiny_unet(), x, sigmas, cond)
+    with memory_mode("default"):  # within the test's own
+        whole = tiny_unet()
+        expected = sample(whole, x, sigmas, cond)
+        assert on_device(whole) == sum(p.nbytes for p in whole.model.parameters()) and not whole.is_dynamic()
+    again = tiny_unet()
+    assert torch.equal(sample(again, x, sigmas, cond), found) and again.is_dynamic() == model.is_dynamic()
+    assert on_device(again) == resident
     assert torch.equal(found, expected)

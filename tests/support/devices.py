@@ -39,29 +39,53 @@ def available_modes() -> list[str]:
     return list(MODES) if SIMULATED else ["default", "partial", "novram"]
 
 
+_entered: list[tuple] = []  # (name, its MonkeyPatch) of the modes that this point of the program is in, innermost last
+
+
 @contextlib.contextmanager
 def memory_mode(name: str) -> Iterator[None]:
-    """Runs a block with every model loaded in this mode; forgets the models that were loaded before and in it."""
+    """Runs a block with every model loaded in this mode, whatever mode it stands in; forgets the models that were
+    loaded before and in it."""
     import comfy.model_management as management
     import pytest
 
     if name not in MODES:
         raise ValueError(f"memory mode {name!r} is none of {', '.join(MODES)}")
-    if ON_CPU or name == "default":
+    if ON_CPU or (name == "default" and not _entered):
         yield
         return
     management.unload_all_models()
-    with pytest.MonkeyPatch.context() as patch:
-        if name == "partial":
-            _load_half(patch)
-        elif name == "novram":
-            patch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
-        else:
-            from .simulated_cuda import dynamic_vram
+    with _left(_entered[-1:]), pytest.MonkeyPatch.context() as patch:
+        _enter(name, patch)
+        _entered.append((name, patch))
+        try:
+            yield
+        finally:
+            management.unload_all_models()
+            _entered.pop()
 
-            dynamic_vram.install(patch, 1 << 40 if name == "dynamic" else SMALL)
-        yield
-        management.unload_all_models()
+
+@contextlib.contextmanager
+def _left(modes: list[tuple]) -> Iterator[None]:
+    """Runs a block outside of modes that have been entered."""
+    for _, patch in modes:
+        patch.undo()
+    yield
+    for name, patch in modes:
+        _enter(name, patch)
+
+
+def _enter(name: str, patch) -> None:
+    import comfy.model_management as management
+
+    if name == "partial":
+        _load_half(patch)
+    elif name == "novram":
+        patch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
+    elif name != "default":
+        from .simulated_cuda import dynamic_vram
+
+        dynamic_vram.install(patch, 1 << 40 if name == "dynamic" else SMALL)
 
 
 def _load_half(patch) -> None:
