@@ -151,6 +151,13 @@ def test_decode_suppresses_scales_and_sorts():
     assert len(decode_segments(prediction, prototypes, 128, 128, (GRID, GRID), confidence=0.95)) == 0
 
 
+def test_boxes_grow_with_each_side_of_the_image():
+    """8 x 12 network pixels become 40 x 90: 5 down, 7.5 across for each."""
+    prediction = torch.tensor([[6.0, 4.0, 4.0, 4.0, 0.9, 1.0]]).T
+    found = decode_segments(prediction, torch.ones(1, 8, 8), 40, 90, (4.0, 6.0), 2)
+    assert found.boxes.tolist() == [[30.0, 10.0, 60.0, 30.0]]
+
+
 def test_decode_drops_the_same_mask_in_another_box():
     prototypes = torch.full((1, GRID, GRID), -1.0)
     prototypes[0, 2:8, 2:8] = 1.0
