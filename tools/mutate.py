@@ -35,6 +35,7 @@ ROOT = environment.ROOT
 FOLDERS = ("nodes/algorithms", "nodes/host")
 TEST_FOLDERS = ("algorithms", "host", "nodes")
 MOST_TESTS, MOST_SECONDS = 200, 90  # of tests for one mistake
+BATCH = 8  # test files that are measured at a time: a run that was stopped goes on with the next
 COMPARISONS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
                ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in"}
 ARITHMETIC = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*", ast.Pow: "*"}
@@ -222,19 +223,19 @@ class Copy:
         known = json.loads(kept.read_text()) if kept.is_file() else {}
         known = known["files"] if known.get("code") == code else {}
         known = {name: file for name, file in known.items() if file["digest"] == tests.get(name)}
-        for folder in TEST_FOLDERS:  # kept one by one: a run that was stopped goes on where it was
-            missing = [name for name in tests if name.startswith(f"{folder}/") and name not in known]
-            if missing:
-                measured = self._measure(missing)
-                known |= {name: {"digest": tests[name], **measured.get(name, {"tests": {}, "lines": {}})} for name in missing}
-                kept.parent.mkdir(exist_ok=True)
-                partial = kept.with_suffix(".partial")
-                partial.write_text(json.dumps({"code": code, "files": known}))
-                partial.replace(kept)
+        missing = [name for name in tests if name not in known]
+        for begin in range(0, len(missing), BATCH):
+            batch = missing[begin : begin + BATCH]
+            measured = self._measure(batch)
+            known |= {name: {"digest": tests[name], **measured.get(name, {"tests": {}, "lines": {}})} for name in batch}
+            kept.parent.mkdir(exist_ok=True)
+            partial = kept.with_suffix(".partial")
+            partial.write_text(json.dumps({"code": code, "files": known}))
+            partial.replace(kept)
         return Profile(known)
 
     def _measure(self, files: list[str]) -> dict[str, dict]:
-        print(f"running {len(files)} test files of {files[0].split('/')[0]} to see what they execute", flush=True)
+        print(f"running {len(files)} test files to see what they execute, from {files[0]}", flush=True)
         made = self.root / "profile.json"
         made.unlink(missing_ok=True)
         command = [str(self.host.python), "tools/profile_tests.py", str(made), "-c", "tests/pytest.ini", "-q", "-p", "no:cacheprovider",
