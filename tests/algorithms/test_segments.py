@@ -65,9 +65,10 @@ def test_point_takes_best_smallest_largest_all():
         select_points(segments, inside_both, among="biggest")
 
 
+@pytest.mark.parametrize("scores", [[0.6, 0.9, 0.3], [0.5, 0.5, 0.5]])
 @pytest.mark.parametrize("among", ["best", "smallest", "largest"])
-def test_point_map_is_what_a_point_would_take(among):
-    segments = rectangles(WHOLE, PART, OTHER, scores=[0.6, 0.9, 0.3])
+def test_point_map_is_what_a_point_would_take(among, scores):
+    segments = rectangles(WHOLE, PART, OTHER, scores=scores)
     found = PointMap(segments, among)
     for number in range(3):
         found.add(number, render_masks(segments, [number])[0])
