@@ -143,6 +143,15 @@ def test_crop_windows_lie_anywhere():
         assert min(places) < 0.2 and max(places) > 0.8
 
 
+def test_a_window_with_one_cell_of_room_takes_both_places():
+    latents = torch.arange(9.0).expand(1, 1, 9, 9)
+    for picture in (latents, latents.mT):
+        starts = {float(random_crop(picture, 0.9, torch.Generator().manual_seed(seed)).min()) for seed in range(30)}
+        assert starts == {0.0, 1.0}
+    small = latents[..., :8, :8]
+    assert torch.equal(random_crop(small, 0.5, torch.Generator().manual_seed(0)), small)
+
+
 def test_window_means():
     assert window_means([4.0, 2.0, 0.0, 10.0], 2) == [4.0, 3.0, 1.0, 5.0]
     assert window_means([4.0, 2.0, 0.0], 20) == [4.0, 3.0, 2.0]

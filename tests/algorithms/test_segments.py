@@ -159,6 +159,23 @@ def test_boxes_grow_with_each_side_of_the_image():
     assert found.boxes.tolist() == [[30.0, 10.0, 60.0, 30.0]]
 
 
+def test_boxes_that_overlap_by_less_stay():
+    """Boxes of IoU 1/3 whose masks are apart."""
+    prototypes = torch.full((2, GRID, GRID), -1.0)
+    prototypes[0, 0:8, 0:4] = 1.0
+    prototypes[1, 0:8, 8:12] = 1.0
+    prediction = prediction_of([(0, 0, 32, 32), (16, 0, 48, 32)], [0.9, 0.8], [[1, 0], [0, 1]])
+    counts = [len(decode_segments(prediction, prototypes, 64, 64, (GRID, GRID), overlap=overlap)) for overlap in (0.3, 0.35)]
+    assert counts == [1, 2]
+
+
+def test_an_object_of_one_cell_is_an_object_and_one_of_none_is_not():
+    prototypes = torch.full((2, GRID, GRID), -1.0)
+    prototypes[0, 4, 4] = 1.0
+    prediction = prediction_of([(0, 0, 32, 32), (40, 40, 60, 60)], [0.9, 0.8], [[1, 0], [0, 1]])
+    assert decode_segments(prediction, prototypes, 64, 64, (GRID, GRID)).areas.tolist() == [16.0]
+
+
 def test_decode_drops_the_same_mask_in_another_box():
     prototypes = torch.full((1, GRID, GRID), -1.0)
     prototypes[0, 2:8, 2:8] = 1.0
@@ -198,6 +215,8 @@ def test_crop_is_the_object_on_the_fill():
     square = crop_objects(image, wide, 32, fill)[0]
     torch.testing.assert_close(square[:14], fill.expand(14, 32, 3), rtol=0, atol=1e-5)
     torch.testing.assert_close(square[14:18], image[30:34, 8:40], rtol=0, atol=1e-5)
+    upright = crop_objects(image.transpose(0, 1), wide.transpose(1, 2), 32, fill)[0]
+    torch.testing.assert_close(upright, square.transpose(0, 1), rtol=0, atol=1e-5)
 
 
 def test_layers_and_overlay():

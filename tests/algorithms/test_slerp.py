@@ -17,6 +17,14 @@ def norms(x):
     return x.double().flatten(1).norm(dim=1)
 
 
+def test_zero_content_has_no_norm_to_bring_to_another():
+    h = features(1)
+    content = features(2)
+    content[0] = 0
+    matched = match_norm(content, h)
+    assert not matched[0].any() and torch.allclose(norms(matched)[1], norms(h)[1])
+
+
 def closed_form(h, content, gamma):
     """The paper's equation, sample by sample in NumPy float64."""
     out = []

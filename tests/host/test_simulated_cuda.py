@@ -159,6 +159,6 @@ def test_core_samples_the_same_in_every_memory_mode(memory):
         expected = sample(whole, x, sigmas, cond)
         assert on_device(whole) == sum(p.nbytes for p in whole.model.parameters()) and not whole.is_dynamic()
     again = tiny_unet()
-    assert torch.equal(sample(again, x, sigmas, cond), found) and again.is_dynamic() == model.is_dynamic()
-    assert on_device(again) == resident
-    assert torch.equal(found, expected)
+    for other in (sample(again, x, sigmas, cond), expected):  # up to sums in another order, at another alignment of memory
+        torch.testing.assert_close(found, other, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert again.is_dynamic() == model.is_dynamic() and on_device(again) == resident
