@@ -83,6 +83,14 @@ def test_the_modules_own_tests_come_first_then_the_fastest(mutate, tmp_path):
     assert asked(mutate, profile, tmp_path, 5, 5) == []
 
 
+def test_without_a_profile_whole_files_are_asked(mutate):
+    ask = lambda path: mutate.Files.tests(mutate.Mutation(Path(path), 1, "constant", 0, 1, "2"))
+    assert ask("nodes/algorithms/slerp.py")[0] == "algorithms/test_slerp.py"
+    assert "host/test_fastsam.py" in ask("nodes/host/fastsam/prompt.py")
+    assert ask("nodes/host/networks/unet_hidden.py")  # through the modules that import it
+    assert len(ask("nodes/host/injections/hints.py")) == mutate.MOST_FILES
+
+
 class Fake:
     """A copy whose tests pass as long as a file holds a word."""
 
