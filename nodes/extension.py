@@ -10,6 +10,7 @@ from .feature_injection import FeatureInjection
 from .features import CaptureFeatures, LoadFeatures, SaveFeatures
 from .host.fastsam.model import register_fastsam_folder
 from .host.features.library import register_folder
+from .host.files import remove_partial_files
 from .injectfusion import HSpaceSlerp, InjectFusionSampler
 from .inversion import DDIMInversion, DDIMSampler, InversionReport, MidpointSampler
 from .mini import LoadMini
@@ -27,6 +28,7 @@ class PasticheExtension(ComfyExtension):
     async def on_load(self) -> None:
         register_folder()
         register_fastsam_folder()
+        remove_partial_files()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

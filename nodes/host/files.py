@@ -11,6 +11,7 @@ from pathlib import Path
 import folder_paths
 
 PREFIX, SUFFIX = "pastiche-", ".partial"
+WRITTEN = ("pastiche_features", "loras")  # in ComfyUI's output folder: Save Features and Train Style LoRA
 STALE_AFTER = 24 * 3600  # seconds since the last write, where locks cannot tell whether the writer lives
 YOUNG = 60  # seconds in which a file may not be locked yet
 
@@ -67,6 +68,12 @@ def atomic_write(target: Path, durable: bool = True, replace: bool = True) -> It
             partial.commit(durable)
     finally:
         partial.discard()
+
+
+def remove_partial_files() -> None:
+    """What processes that were killed left in the output folders that the pack writes to."""
+    for name in WRITTEN:
+        _remove_stale(Path(folder_paths.get_output_directory()) / name)
 
 
 def refuse_web_page(path: str | os.PathLike) -> None:

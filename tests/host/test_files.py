@@ -156,3 +156,23 @@ def test_what_is_no_page_passes(tmp_path):
         files.refuse_web_page(tmp_path / "x")
     files.refuse_web_page(tmp_path / "missing")
     files.refuse_web_page("nul\0")
+
+
+@posix_only
+def test_the_server_removes_what_was_left_when_it_starts(tmp_path, monkeypatch):
+    import asyncio
+
+    from pastiche.nodes.extension import PasticheExtension
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
+    left, others = [], []
+    for folder in ("pastiche_features", "loras"):
+        (tmp_path / folder).mkdir()
+        left.append(tmp_path / folder / f"{files.PREFIX}1-00{files.SUFFIX}")
+        others.append(tmp_path / folder / "style.safetensors")
+    for path in (*left, *others):
+        path.touch()
+        age(path, files.STALE_AFTER + 60)
+    asyncio.run(PasticheExtension().on_load())
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
