@@ -27,9 +27,10 @@ RANDOM = "random"  # in the place of a folder with the measures' weights
 PLUMBING = "The pictures are real, the measures' networks have random weights: this shows that everything runs, its numbers mean nothing."
 
 
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": {name: list(value) if isinstance(value, tuple) else value for name, value in inputs.items()},
-            "_meta": {"title": kind}}
+def node(class_type: str, /, **inputs) -> dict:
+    """A node in API format; tuples are links."""
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in inputs.items()}
+    return {"class_type": class_type, "inputs": values, "_meta": {"title": class_type}}
 
 
 class Loader:

@@ -103,13 +103,14 @@ def test_pictures_are_cut_as_the_graph_cuts_them(tables, tmp_path):
 
 @pytest.mark.parametrize("name, arguments", [
     ("styleid_table", ["--checkpoint", "model.safetensors", "--data", "d", "--weights", "w"]),
+    ("styleid_table", ["--checkpoint", "mini", "--data", "d", "--weights", "w"]),
     ("injectfusion_table", ["--model", "model.safetensors", "--data", "d", "--weights", "w"]),
 ])
 def test_graphs_name_nodes_and_inputs_that_exist(benchmark, tables, repository, name, arguments):
     """Links lead to nodes of the graph; classes and inputs are those of the shipped workflows or of our schemas."""
     script = benchmark(name)
     options = script.parse(arguments)
-    loader = tables.checkpoint_loader("model.safetensors") if name == "styleid_table" else tables.unconditional_loader("model")
+    loader = tables.checkpoint_loader(options.checkpoint) if name == "styleid_table" else tables.unconditional_loader("model")
     streams = "self_attention" if name == "styleid_table" else "h_space"
     graphs = [tables.inversion_graph(loader, "p.png", 64, 4, "normal", streams, "auto", "x"), script.pair_graph(loader, "a", "b", options)]
     assert json.loads(json.dumps(graphs)) == graphs
