@@ -114,18 +114,19 @@ def plan(options: argparse.Namespace, results: Path) -> list[Step]:
 
     def benchmark(name: str, script: str, full: list[str], less: list[str], minutes: float, sheet: bool = False) -> Step:
         outputs = ["--table", str(results / f"{name}.md"), *(["--sheet", str(results / f"{name}.jpg")] if sheet else [])]
-        return Step(name, [python, f"benchmarks/{script}.py", *full, *outputs], [python, f"benchmarks/{script}.py", *less, *outputs],
-                    minutes, variables=run_here)
+        command = [python, f"benchmarks/{script}.py"]
+        return Step(name, [*command, *full, *outputs], [*command, *less, *outputs], minutes, variables=run_here)
 
     def paper(name: str, script: str, given: dict[str, object], less: list[str]) -> Step:
         missing = [option for option, value in given.items() if value is None]
-        words = [word for option, value in given.items() for word in (option.replace("styleid-", "").replace("injectfusion-", ""), str(value))]
+        words = [word for option, value in given.items() for word in (f"--{option.split('-')[-1]}", str(value))]
         rest = ["--work", str(work / name), "--table", str(results / f"{name}.md"), "--device", device]
         why = f"{', '.join(missing)}: not given" if missing and not options.dry_run else ""
         command = [python, f"benchmarks/{script}.py"]
         return Step(name, [*command, *words, *rest], [*command, *less, *rest], 24 * 60, why)
 
     assets = str(options.assets)
+    random = ["--data", str(small / "table"), "--weights", "random", "--pairs", "4", "--steps", "4"]
     tiny = [assets, "--size", "64", "--steps", "2", "--pairs", "1"]
     tests = [python, "-m", "pytest", "-c", "tests/pytest.ini", "-q", "-p", "no:cacheprovider"]
     return [
@@ -141,8 +142,8 @@ def plan(options: argparse.Namespace, results: Path) -> list[Step]:
         benchmark("style_reference", "style_reference", [assets], tiny, 60, sheet=True),
         benchmark("style_reference_transformer", "style_reference", [assets, "--architecture", "transformer"],
                   [*tiny, "--architecture", "transformer"], 60, sheet=True),
-        benchmark("injectfusion", "injectfusion", [assets], [assets, "--size", "64", "--steps", "4", "--pairs", "1", "--gammas", "0.4", "0.8",
-                                                             "--omegas", "0.3"], 60, sheet=True),
+        benchmark("injectfusion", "injectfusion", [assets],
+                  [assets, "--size", "64", "--steps", "4", "--pairs", "1", "--gammas", "0.4", "0.8", "--omegas", "0.3"], 60, sheet=True),
         benchmark("diffstyler_quality", "diffstyler_quality", [assets],
                   [assets, "--size", "64", "--steps", "2", "--train", "2", "--styles", "1"], 60, sheet=True),
         benchmark("inversion", "inversion", [assets], [assets, "--size", "64", "--photos", "1"], 60),
@@ -154,14 +155,13 @@ def plan(options: argparse.Namespace, results: Path) -> list[Step]:
         benchmark("multistyle", "multistyle", ["--full", str(work), "--latent", "64", "128"],
                   ["--width", "32", "--latent", "8", "--steps", "2", "--rounds", "1"], 60),
         benchmark("lora_training", "lora_training", ["--work", str(work), "--latent", "64", "--steps", "20"],
-                  ["--work", str(work), "--width", "32", "--latent", "8", "--steps", "2", "--rounds", "1", "--only", "Train Style LoRA"], 120),
+                  ["--work", str(work), "--width", "32", "--latent", "8", "--steps", "2", "--rounds", "1", "--only", "Train Style"], 120),
         paper("styleid_table", "styleid_table",
               {"--checkpoint": options.checkpoint, "--styleid-data": options.styleid_data, "--weights": options.weights},
-              ["--checkpoint", "mini", "--data", str(small / "table"), "--weights", "random", "--pairs", "4", "--size", "64", "--steps", "4"]),
+              ["--checkpoint", "mini", "--size", "64", *random]),
         paper("injectfusion_table", "injectfusion_table",
               {"--model": options.injectfusion_model, "--injectfusion-data": options.injectfusion_data, "--weights": options.weights},
-              ["--model", "tests/assets/ddpm_blobs", "--data", str(small / "table"), "--weights", "random", "--pairs", "4", "--size", "32",
-               "--steps", "4"]),
+              ["--model", "tests/assets/ddpm_blobs", "--size", "32", *random]),
     ]
 
 
@@ -183,7 +183,7 @@ def run_all(steps: Iterable[Step], options: argparse.Namespace) -> Iterable[Outc
             continue
         print(f"{time.strftime('%H:%M:%S')} {step.name}: {' '.join(command)}", flush=True)
         outcome = run(step, command, options.work / "logs" / f"{step.name}.log", 10 if options.dry_run else step.minutes)
-        print(f"{time.strftime('%H:%M:%S')} {step.name}: {outcome.result} after {outcome.seconds:.0f} s {outcome.note}", flush=True)
+        print(f"{step.name}: {outcome.result} after {outcome.seconds:.0f} s {outcome.note}", flush=True)
         if outcome.result == "done":
             known[step.name] = {"command": command, "seconds": outcome.seconds}
             partial = notes.with_suffix(".partial")
@@ -238,8 +238,8 @@ def make_small(assets: Path, folder: Path) -> None:
             if not (folder / name / path.name).exists():
                 shutil.copy(path, folder / name)
     samples = ROOT / "assets" / "samples"
-    for name, pictures in (("cnt", ("content_coffee.jpg", "content_astronaut.jpg")), ("sty", ("style_impasto.png", "style_woodcut.png")),
-                           ("org", ("style_impasto.png", "style_glass.png"))):
+    contents, styles = ("content_coffee.jpg", "content_astronaut.jpg"), ("style_impasto.png", "style_woodcut.png")
+    for name, pictures in (("cnt", contents), ("sty", styles), ("org", styles)):
         (folder / "table" / name).mkdir(parents=True, exist_ok=True)
         for picture in pictures:
             shutil.copy(samples / picture, folder / "table" / name)

@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 
 from tables import (
-    PLUMBING, RANDOM, Table, choose_pairs, inversion_graph, load_picture, mean, node, pictures_of, sampling_graph, shown, unconditional_loader,
+    PLUMBING, RANDOM, Table, choose_pairs, inversion_graph, load_picture, mean, node, pictures_of, sampling_graph, shown,
+    unconditional_loader,
 )
 from host import environment  # isort: skip  (tables makes it importable)
 

@@ -6,7 +6,7 @@
 
 --data has cnt/ (contents) and sty/ (styles), as the authors' repository. Results are called <content>_stylized_<style>.png,
 as theirs, so that their evaluation runs on --work/results too. Every picture is inverted once; what is done is kept in
---work, and the same command goes on after an interruption. --weights: see published_metrics.py for its files; a measure
+--work (at 512 px and 50 steps some 0.6 GB a picture), and the same command goes on after an interruption. --weights: see published_metrics.py for its files; a measure
 whose file or package is missing is left out with a line that says so; `random` tries the plumbing.
 FID: art-inception features of the results against those of each pair's style; ArtFID = (1 + LPIPS)(1 + FID).
 COMFYUI_PATH selects a ComfyUI of yours.
@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 
 from tables import (
-    MINI, PLUMBING, RANDOM, Table, checkpoint_loader, choose_pairs, inversion_graph, load_picture, mean, node, pictures_of, sampling_graph, shown,
+    MINI, PLUMBING, RANDOM, Table, checkpoint_loader, choose_pairs, inversion_graph, load_picture, mean, node, pictures_of,
+    sampling_graph, shown,
 )
 from host import environment  # isort: skip  (tables makes it importable)
 

@@ -24,7 +24,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BANKS = "pastiche_features"  # Save Features' folder in the server's output
 MINI = "mini"
 RANDOM = "random"  # in the place of a folder with the measures' weights
-PLUMBING = "The pictures are real, the measures' networks have random weights: this shows that everything runs, its numbers mean nothing."
+PLUMBING = ("The pictures are real, the measures' networks have random weights: this shows that everything runs, its numbers mean "
+            "nothing.")
 
 
 def node(class_type: str, /, **inputs) -> dict:
@@ -52,7 +53,9 @@ def unconditional_loader(name: str) -> Loader:
     return Loader({"loader": node("PasticheLoadUnconditional", folder=name)}, ("loader", 1), ("loader", 2))
 
 
-def inversion_graph(loader: Loader, picture: str, size: int, steps: int, scheduler: str, streams: str, layers: str, prefix: str) -> dict:
+def inversion_graph(
+    loader: Loader, picture: str, size: int, steps: int, scheduler: str, streams: str, layers: str, prefix: str
+) -> dict:
     """Inverts a picture of the input folder and saves its features and trajectory."""
     return {
         **loader.nodes,

@@ -32,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--attention-order", choices=ORDERS, default="auto")
     options = parser.parse_args(arguments)
     try:
-        print(convert(options.source, options.target, Reading(options.heads, options.attention_order, options.betas, options.timesteps)))
+        reading = Reading(options.heads, options.attention_order, options.betas, options.timesteps)
+        print(convert(options.source, options.target, reading))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -54,7 +55,8 @@ def convert(source: Path, target: Path, reading) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
-        save_file({key: tensor.contiguous().clone() for key, tensor in weights.state.items()}, str(partial), metadata=reading.notes() or None)
+        state = {key: tensor.contiguous().clone() for key, tensor in weights.state.items()}
+        save_file(state, str(partial), metadata=reading.notes() or None)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
