@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 20  # seconds from asking a step to end until it is killed
 SMALL_PHOTOS = 68  # 64 are kept for validation
 OUTCOMES = ("done", "failed", "skipped")
+TRANSFORMER = ROOT / "nodes" / "assets" / "mini_transformer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,11 @@ def plan(options: argparse.Namespace, results: Path) -> list[Step]:
                 str(work / "training"), stage, "--minutes", "0.02", "--processes", "1", "--batch", "2"]
         return Step(f"train-{stage}", full, less, minutes * 1.2 + 20, missing)
 
-    def benchmark(name: str, script: str, full: list[str], less: list[str], minutes: float, sheet: bool = False) -> Step:
+    def benchmark(name: str, script: str, full: list[str], less: list[str] | None, minutes: float, sheet: bool = False, missing: str = "") -> Step:
         outputs = ["--table", str(results / f"{name}.md"), *(["--sheet", str(results / f"{name}.jpg")] if sheet else [])]
         command = [python, f"benchmarks/{script}.py"]
-        return Step(name, [*command, *full, *outputs], [*command, *less, *outputs], minutes, variables=run_here)
+        small_command = None if less is None else [*command, *less, *outputs]
+        return Step(name, [*command, *full, *outputs], small_command, minutes, missing, run_here)
 
     def paper(name: str, script: str, given: dict[str, object], less: list[str]) -> Step:
         missing = [option for option, value in given.items() if value is None]
@@ -129,7 +131,8 @@ def plan(options: argparse.Namespace, results: Path) -> list[Step]:
     random = ["--data", str(small / "table"), "--weights", "random", "--pairs", "4", "--steps", "4"]
     tiny = [assets, "--size", "64", "--steps", "2", "--pairs", "1"]
     tests = [python, "-m", "pytest", "-c", "tests/pytest.ini", "-q", "-p", "no:cacheprovider"]
-    return [
+    untrained = "" if TRANSFORMER.exists() else "nodes/assets has no mini_transformer.safetensors: copy the trained one there, run again"
+    steps = [
         training("unet", options.unet),
         training("transformer", options.transformer),
         Step("export", *2 * ([python, "tools/train_mini.py", "--work", str(work / "training"), "--output",
@@ -139,15 +142,18 @@ def plan(options: argparse.Namespace, results: Path) -> list[Step]:
         Step("formats", *2 * ([python, "tools/verify_models.py", "--device", device, "--size", "16", "--fastsam",
                                "assets/fastsam_mini.safetensors", "--unconditional", "tests/assets/ddpm_blobs"],), 10),
         benchmark("styleid_quality", "styleid_quality", [assets], tiny, 60, sheet=True),
-        benchmark("style_reference", "style_reference", [assets], tiny, 60, sheet=True),
-        benchmark("style_reference_transformer", "style_reference", [assets, "--architecture", "transformer"],
-                  [*tiny, "--architecture", "transformer"], 60, sheet=True),
+        benchmark("style_reference", "style_reference", [assets, "--architecture", "unet"], [*tiny, "--architecture", "unet"], 60, sheet=True),
+        benchmark("style_reference_transformer", "style_reference", [assets], tiny, 60, sheet=True, missing=untrained),
+        benchmark("gamma_schedule", "gamma_schedule", [assets], tiny, 60),
         benchmark("injectfusion", "injectfusion", [assets],
                   [assets, "--size", "64", "--steps", "4", "--pairs", "1", "--gammas", "0.4", "0.8", "--omegas", "0.3"], 60, sheet=True),
         benchmark("diffstyler_quality", "diffstyler_quality", [assets],
                   [assets, "--size", "64", "--steps", "2", "--train", "2", "--styles", "1"], 60, sheet=True),
         benchmark("inversion", "inversion", [assets], [assets, "--size", "64", "--photos", "1"], 60),
-        benchmark("evaluations", "evaluations", [assets], [*tiny, "--rounds", "1"], 60),
+        benchmark("inversion_transformer", "inversion", [assets, "--architecture", "transformer"],
+                  [assets, "--architecture", "transformer", "--size", "64", "--photos", "1"], 60, missing=untrained),
+        benchmark("evaluations", "evaluations", [assets], [*tiny, "--rounds", "1", "--quick"], 60),
+        benchmark("overhead", "overhead", ["--size", "512"], None, 60),
         benchmark("memory_modes", "memory_modes", ["--size", "512"], ["--size", "64", "--steps", "2", "--rounds", "1"], 60),
         benchmark("fastsam_scenes", "fastsam_scenes", [], ["--scenes", "2"], 60),
         benchmark("multistyle_mini", "multistyle", ["--mini", "--latent", "32", "64"],
@@ -160,9 +166,15 @@ def plan(options: argparse.Namespace, results: Path) -> list[Step]:
               {"--checkpoint": options.checkpoint, "--styleid-data": options.styleid_data, "--weights": options.weights},
               ["--checkpoint", "mini", "--size", "64", *random]),
         paper("injectfusion_table", "injectfusion_table",
-              {"--model": options.injectfusion_model, "--injectfusion-data": options.injectfusion_data, "--weights": options.weights},
+              {"--injectfusion-model": options.injectfusion_model, "--injectfusion-data": options.injectfusion_data, "--weights": options.weights},
               ["--model", "tests/assets/ddpm_blobs", "--size", "32", *random]),
     ]
+    listed = {Path(word).name for step in steps for word in step.full if word.endswith(".py")}
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):  # those that nobody listed above
+        text = path.read_text(encoding="utf-8")
+        if path.name not in listed and "add_outputs(parser" in text:
+            steps.append(benchmark(path.stem, path.stem, [assets] if 'add_argument("assets"' in text else [], None, 60))
+    return steps
 
 
 def run_all(steps: Iterable[Step], options: argparse.Namespace) -> Iterable[Outcome]:
@@ -175,7 +187,7 @@ def run_all(steps: Iterable[Step], options: argparse.Namespace) -> Iterable[Outc
     for step in steps:
         command = step.small if options.dry_run else step.full
         if step.missing or command is None:
-            yield Outcome(step.name, "skipped", 0, step.missing or "has no small form")
+            yield Outcome(step.name, "skipped", 0, step.missing or "no small form: too large for a CPU")
             continue
         earlier = known.get(step.name)
         if earlier and earlier["command"] == command and step.name not in options.again:

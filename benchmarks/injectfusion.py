@@ -81,7 +81,8 @@ class Bench:
         model, seen = kind(self.bank, gamma, T_EDIT, "both", None, "constant").install(self.model), []
 
         def note(args):
-            flags = args["transformer_options"].get(INJECT)
+            # absent: the injecting prediction is a run of its own, as this patch may read the whole batch
+            flags = args["transformer_options"].get(INJECT, (True,))
             if flags and any(flags):
                 h = args["h"].chunk(len(flags))[flags.index(True)]
                 sigma = float(args["transformer_options"]["sigmas"][0])

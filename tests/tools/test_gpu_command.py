@@ -66,7 +66,8 @@ def test_a_time_limit_ends_a_step_and_its_children(gpu, options, tmp_path, monke
     pytest.fail("the step's child still runs")
 
 
-def test_every_benchmark_and_both_trainings_are_steps(gpu, repository, tmp_path):
+def test_every_benchmark_and_both_trainings_are_steps(gpu, repository, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "TRANSFORMER", repository / "README.md")  # there
     options = gpu.parse(["--assets", str(tmp_path), "--work", str(tmp_path)])
     steps = gpu.plan(options, tmp_path)
     names = [step.name for step in steps]
@@ -74,20 +75,32 @@ def test_every_benchmark_and_both_trainings_are_steps(gpu, repository, tmp_path)
     scripts = {word for step in steps for word in step.full if word.endswith(".py")}
     helpers = {"gpu", "setup_host", "metrics", "report", "tables", "published_metrics"}
     assert {f"benchmarks/{path.name}" for path in (repository / "benchmarks").glob("*.py") if path.stem not in helpers} <= scripts
-    assert all((repository / script).is_file() for script in scripts) and all(step.small for step in steps)
+    assert all((repository / script).is_file() for script in scripts)
     tests = steps[3]
     assert tests.variables == {"PASTICHE_TEST_DEVICE": "cuda"} and tests.full[-1] == "tests"
     missing = {step.name: step.missing for step in steps if step.missing}
     assert missing == {"train-unet": "--drawings: a folder of PNG drawings, to train on",
                        "train-transformer": "--drawings: a folder of PNG drawings, to train on",
                        "styleid_table": "--checkpoint, --styleid-data, --weights: not given",
-                       "injectfusion_table": "--model, --injectfusion-data, --weights: not given"}
+                       "injectfusion_table": "--injectfusion-model, --injectfusion-data, --weights: not given"}
     given = gpu.parse(["--assets", "a", "--checkpoint", "c", "--styleid-data", "d", "--weights", "w", "--injectfusion-model", "m",
                        "--injectfusion-data", "i", "--drawings", "p"])
     full = {step.name: " ".join(step.full) for step in gpu.plan(given, tmp_path)}
     assert "--checkpoint c --data d --weights w" in full["styleid_table"]
     assert "--model m --data i --weights w" in full["injectfusion_table"]
     assert not any(step.missing for step in gpu.plan(given, tmp_path))
+    monkeypatch.setattr(gpu, "TRANSFORMER", repository / "none")
+    assert [step.name for step in gpu.plan(given, tmp_path) if "mini_transformer" in step.missing] == [
+        "style_reference_transformer", "inversion_transformer"]
+
+
+def test_a_benchmark_that_nobody_listed_is_a_step(gpu, tmp_path, monkeypatch):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "new.py").write_text('parser.add_argument("assets", type=Path)\nadd_outputs(parser)\n')
+    (tmp_path / "benchmarks" / "helper.py").write_text("def add_outputs(parser): ...\n".replace("(parser)", "(p)"))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    step = gpu.plan(gpu.parse(["--assets", "/a", "--work", str(tmp_path)]), tmp_path)[-1]
+    assert step.name == "new" and step.full[1:3] == ["benchmarks/new.py", "/a"] and step.small is None
 
 
 def test_without_a_gpu_nothing_starts(gpu, tmp_path, capsys, monkeypatch):
