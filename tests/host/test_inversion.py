@@ -220,3 +220,20 @@ def test_next_equals_diffusers_inverse_scheduler_on_the_same_network(positive):
         z = scheduler.step(network(z, t.float().view(1)), t, z).prev_sample
         ours = trajectory.latents[step] / (1 + trajectory.sigmas[step] ** 2).sqrt()
         assert (ours - z).abs().max() <= 2e-5 * z.abs().max()
+
+
+def test_a_model_that_predicts_nan_is_told():
+    model = tiny_unet()
+    model.model.diffusion_model.out[2].weight.data[:] = float("nan")
+    for scheme in ("predicted", "fixed_point", "next"):
+        with pytest.raises(ValueError, match="model: it predicts NaN at sigma .*--force-fp32"):
+            invert(model, {"samples": random_latent()}, schedule(model, 2), tiny_cond(model), scheme)
+
+
+def test_latents_and_prompts_of_another_model_are_told():
+    model = tiny_unet()
+    with pytest.raises(ValueError, match="latent: got 16 channels, but .* works on latents of 4"):
+        invert(model, {"samples": random_latent(channels=16)}, schedule(model, 2), tiny_cond(model))
+    wide = [[torch.zeros(1, 7, 48), {}]]
+    with pytest.raises(ValueError, match="positive: the model cannot compute with it"):
+        invert(model, {"samples": random_latent()}, schedule(model, 2), wide)

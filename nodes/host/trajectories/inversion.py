@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...algorithms.inversion import SCHEMES, Landing, Leg, Predict
 from ...sockets import Trajectory
-from ..checks import unlike_shapes_told
+from ..checks import is_finite, unlike_shapes_told
 from ..networks.conditioning import inversion_conditioning
 from ..networks.fingerprint import fingerprint
 from ..networks.marks import require_plain
@@ -174,6 +174,11 @@ def invert(
             )
             landing = SCHEMES[scheme](predict, x, leg)
             x, eps = landing.x, landing.eps
+            if not is_finite(x):
+                raise ValueError(
+                    f"model: it predicts NaN at sigma {float(path[i + 1]):.3f}. Start ComfyUI with --force-fp32 or --bf16-unet; if it stays "
+                    "so, the model's file, or a patch on it, is broken."
+                )
             notes.take(landing, float(path[i + 1]))
             if keep[i + 1]:
                 kept.append(x.float().cpu())
