@@ -13,6 +13,8 @@ from pastiche.nodes.host.features.capture import capture
 from pastiche.nodes.host.injections.style import inject_style
 from pastiche.nodes.host.multistyle.guider import multi_style_guider
 from pastiche.nodes.host.networks.mini import load_mini
+from pastiche.nodes.host.references.install import style_reference
+from pastiche.nodes.host.references.settings import Cures
 from pastiche.nodes.host.trajectories.inversion import invert
 from pastiche.nodes.sockets import StyleEntry
 from support.devices import ON_CPU, SIMULATED, memory_mode
@@ -65,6 +67,27 @@ def test_style_injection(memory, features):
 def test_style_injection_in_half_precision(memory, dtype):
     found = styled("recompute", dtype=dtype)
     assert_same(found, expected(styled, "ram", "self_attention", dtype), 4 * torch.finfo(dtype).eps)
+    assert found.isfinite().all()
+
+
+def referenced(dtype):
+    """Two pictures with weights, a content's inversion, a soft mask, statistics, under guidance."""
+    model = tiny_unet(dtype=dtype, cast=dtype)
+    sigmas, positive, negative = schedule(model, 3), tiny_cond(model), tiny_cond(model, seed=9)
+    noise, content = invert(model, {"samples": random_latent(8, 8, seed=1)}, sigmas, positive, "next")
+    patched = style_reference(
+        model, {"samples": random_latent(8, 8, seed=2, batch=2)}, None, content, share="join", gamma=0.75, gamma_end=0.25, schedule="cosine",
+        temperature=1.2, strength=0.8, layers="6-11", start_percent=0.0, end_percent=1.0, mask=masks(2)[0], weights="1, 3",
+        cures=Cures(key_scale=1.1, token_adain=0.5, leak_guard=0.5),
+    )
+    return sample(patched, noise["samples"], sigmas, positive, negative, cfg=3.0)
+
+
+@pytest.mark.device("default", "partial", "novram", "dynamic-small")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_style_reference(memory, dtype):
+    found = referenced(dtype)
+    assert_same(found, expected(referenced, dtype))
     assert found.isfinite().all()
 
 
