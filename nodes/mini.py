@@ -25,8 +25,8 @@ class LoadMini(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "architecture", options=list(ARCHITECTURES), default="unet", optional=True,
-                    tooltip="unet: as SD1.5, predicts noise. transformer: as Flux, rectified flow; its weights do not come with the pack yet, "
-                    "tools/train_mini.py makes them. Both use the same VAE.",
+                    tooltip="unet: as SD1.5, predicts noise. transformer: as Flux, rectified flow, at its best at 128 px. "
+                    "Both use the same VAE.",
                 ),
             ],
             outputs=[

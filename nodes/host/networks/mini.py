@@ -138,8 +138,8 @@ class MiniVAE(comfy.sd.VAE):
 def read_weights(path: Path = WEIGHTS, expected: str = FORMAT) -> tuple[dict, dict]:
     """(tensors, metadata) of a mini model's file. Raises ValueError when it is missing, cut short or another."""
     advice = "Reinstall the pack, or make the file with tools/train_mini.py."
-    if expected == TRANSFORMER_FORMAT:  # not in the pack so far
-        advice = 'Make the file with tools/train_mini.py (stages transformer, then export), or choose architecture "unet".'
+    if expected == TRANSFORMER_FORMAT:
+        advice = 'Reinstall the pack, make the file with tools/train_mini.py (stages transformer, then export), or choose architecture "unet".'
     if not path.is_file():
         raise ValueError(f"The mini model's weights are missing: no {path}. {advice}")
     try:
