@@ -42,7 +42,6 @@ DRAWN = [  # (class, input, how)
     ("PasticheDDIMInversion", "scheme", lambda draw: draw.choice(["predicted", "fixed_point", "next"])),
     ("PasticheHSpaceSlerp", "gamma", lambda draw: draw.random()), ("PasticheTrainStyleLoRA", "seed", lambda draw: draw.randrange(1 << 40)),
     ("PasticheSamplePicture", "picture", lambda draw: draw.choice(["coffee", "dandelion", "impasto", "woodcut"])),
-    ("RandomNoise", "noise_seed", lambda draw: draw.randrange(1 << 40)),
 ]
 MISTAKES = [
     ("PasticheStyleInjection", "layers", "0-999999999"), ("PasticheStyleInjection", "layers", "nowhere"), ("PasticheCaptureFeatures", "streams", "nothing"),
