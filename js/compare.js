@@ -2,6 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { chain } from "./chain.js";
 import { viewUrl } from "./fastsam_source.js";
+import { say } from "./texts.js";
 
 const NODE = "PasticheCompare";
 const OUTPUT = "pastiche_compare"; // this node's part of an `executed` message
@@ -27,7 +28,7 @@ function addSlider(node) {
     return image;
   });
   const hint = document.createElement("div");
-  hint.textContent = "Run, then drag here: left before, right after";
+  hint.textContent = say("Run, then drag here: left before, right after");
   hint.style.cssText = `${layer} display: flex; align-items: center; justify-content: center; opacity: 0.5; font: 12px sans-serif; pointer-events: none;`;
   const line = document.createElement("div");
   line.style.cssText = "position: absolute; top: 0; bottom: 0; width: 2px; background: #fff; opacity: 0.8; visibility: hidden; pointer-events: none;";

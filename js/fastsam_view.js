@@ -3,6 +3,7 @@
 // Pictures and marks are vector or CSS-scaled, so device pixel ratio and the graph's zoom need no care.
 
 import { ObjectMap } from "./fastsam_objects.js";
+import { say } from "./texts.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const MOST_ZOOM = 32;
@@ -17,10 +18,7 @@ const BUTTONS = [
   ["large", "⤢", "Large view (L); again or Escape closes it"],
 ];
 const HELP =
-  "Left click: take. Right click or Shift: remove. Drag: box; its edges and corners resize it, the middle of a selected one " +
-  "moves it. Alt+click a mark or Delete: delete it. " +
-  "Wheel: zoom, once clicked. Middle or Ctrl+drag: pan. " +
-  "Keys: arrows move the cross, Enter takes, N removes, B starts and ends a box, [ and ] select a mark, L opens the large view.";
+  "Left click: take. Right click or Shift: remove. Drag: box; its edges and corners resize it, the middle of a selected one moves it. Alt+click a mark or Delete: delete it. Wheel: zoom, once clicked. Middle or Ctrl+drag: pan. Keys: arrows move the cross, Enter takes, N removes, B starts and ends a box, [ and ] select a mark, L opens the large view.";
 
 export class PickerView {
   /** Pixels [width, height] of the picture, null while there is none. */
@@ -40,18 +38,18 @@ export class PickerView {
     this.buttons = {};
     for (const [name, sign, label] of BUTTONS) {
       const button = html("button", "", bar);
-      Object.assign(button, { type: "button", title: label, textContent: sign });
-      button.setAttribute("aria-label", label);
+      Object.assign(button, { type: "button", title: say(label), textContent: say(sign) });
+      button.setAttribute("aria-label", say(label));
       button.dataset.action = name;
       this.buttons[name] = button;
     }
     this.viewport = html("div", "pastiche-picker-view", this.element);
     this.viewport.tabIndex = 0;
-    this.viewport.title = HELP;
+    this.viewport.title = say(HELP);
     this.viewport.dataset.captureWheel = "true"; // Nodes 2.0: the focused picker keeps the wheel
     this.viewport.type = "textarea"; // the workflow's Ctrl+Z spares the focused element of this type: the picker has its own
     this.viewport.setAttribute("role", "application");
-    this.viewport.setAttribute("aria-label", `Point and box picker. ${HELP}`);
+    this.viewport.setAttribute("aria-label", say("Point and box picker. {help}", { help: say(HELP) }));
     this.stage = html("div", "pastiche-picker-stage", this.viewport);
     this.image = html("img", "", this.stage);
     this.mask = html("img", "pastiche-picker-mask", this.stage);
@@ -306,19 +304,19 @@ export class PickerView {
     const boxes = marks.filter((mark) => mark.kind === "box").length;
     const points = marks.length - boxes;
     const counted = [
-      points || !boxes ? `${points} ${points === 1 ? "point" : "points"}` : "",
-      boxes ? `${boxes} ${boxes === 1 ? "box" : "boxes"}` : "",
+      points || !boxes ? say(points === 1 ? "{n} point" : "{n} points", { n: points }) : "",
+      boxes ? say(boxes === 1 ? "{n} box" : "{n} boxes", { n: boxes }) : "",
     ];
     const empty = this.size ? marks.filter((mark) => this.#isMissed(mark)).length : 0;
-    const missed = empty && `⚠ no object at ${empty === 1 ? "the hollow point" : `${empty} hollow points`}`;
+    const missed = empty && `⚠ ${say(empty === 1 ? "no object at the hollow point" : "no object at {n} hollow points", { n: empty })}`;
     const text = [missed, counted.filter(Boolean).join(", "), this.size?.join("×"), this.#shown.note].filter(Boolean).join(" · ");
-    return locked ? `${text} · points or boxes come from a link` : text;
+    return locked ? `${text} · ${say("points or boxes come from a link")}` : text;
   }
 
   #noteText() {
-    if (this.size) return this.#shown.url ? "" : "Not connected: the marks are kept.";
-    if (!this.#shown.url) return "Connect an image. Load Image shows at once, other nodes after a run.";
-    return this.image.complete ? "The picture cannot be shown; run the workflow once." : "";
+    if (this.size) return this.#shown.url ? "" : say("Not connected: the marks are kept.");
+    if (!this.#shown.url) return say("Connect an image. Load Image shows at once, other nodes after a run.");
+    return this.image.complete ? say("The picture cannot be shown; run the workflow once.") : "";
   }
 }
 

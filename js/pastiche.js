@@ -4,6 +4,7 @@ import { chain } from "./chain.js";
 import { sizeOfTexts } from "./fastsam_marks.js";
 import { Picker } from "./fastsam_picker.js";
 import { findSource, viewUrl } from "./fastsam_source.js";
+import { say } from "./texts.js";
 
 const NODE = "PasticheFastSAMPrompt";
 const OUTPUT = "pastiche_fastsam"; // this node's part of an `executed` message
@@ -56,7 +57,7 @@ function addPicker(node) {
   const refresh = () => {
     const source = findSource(node, "image");
     const current = run && (!source || source.url === run.source);
-    picker.show(current ? run.picture : source ? { url: source.url, note: source.exact ? "" : "size as loaded" } : sheet());
+    picker.show(current ? run.picture : source ? { url: source.url, note: source.exact ? "" : say("size as loaded") } : sheet());
     picker.sync();
   };
   const timer = setInterval(refresh, WATCH);
@@ -65,7 +66,7 @@ function addPicker(node) {
     const shown = output?.[OUTPUT]?.[0];
     if (!shown) return;
     const { image, mask, map, width, height, objects, missed } = shown;
-    const note = `${objects} object${objects === 1 ? "" : "s"} found`;
+    const note = say(objects === 1 ? "{n} object found" : "{n} objects found", { n: objects });
     const picture = { url: viewUrl(image), mask: viewUrl(mask), map: viewUrl(map), width, height, note, missed };
     run = { source: findSource(node, "image")?.url, picture };
     refresh();

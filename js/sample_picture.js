@@ -1,6 +1,7 @@
 // Sample Picture: shows the chosen picture before any run, and makes way for Load Image.
 import { app } from "../../scripts/app.js";
 import { chain } from "./chain.js";
+import { say } from "./texts.js";
 
 const NODE = "PasticheSamplePicture";
 const HEIGHT = 200;
@@ -25,6 +26,7 @@ function addPreview(node) {
   node.addDOMWidget("preview", "pastiche_sample", image, { serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT }).serialize = false;
   const button = node.addWidget("button", "Use my own picture", null, () => replaceByLoadImage(node), { serialize: false });
   button.serialize = false;
+  button.label = say("Use my own picture");
 
   chain(choice, "callback", show);
   chain(node, "onConfigure", show);

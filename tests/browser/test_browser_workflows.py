@@ -2,6 +2,9 @@
 
 import io
 import json
+import shutil
+import subprocess
+import time
 
 import pytest
 import templates
@@ -73,6 +76,64 @@ def test_template_opens_from_the_browser_and_runs(fresh, artifacts, template):
     check_pictures(fresh.server, result)
     shown = fresh.page.evaluate("() => [...document.querySelectorAll('.pastiche-compare img')].map((image) => image.naturalWidth)")
     assert len(shown) == 2 * sum(node["class_type"] == "PasticheCompare" for node in sent.values()) and all(shown)
+
+
+def clone(base):
+    """The pack as a fresh clone has it: what git knows of, nothing that this checkout made."""
+    target = base / "custom_nodes" / "pastiche"
+    listed = subprocess.run(["git", "-c", "core.quotePath=false", "ls-files"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target / name)
+
+
+@pytest.mark.slow
+def test_first_result_of_a_new_user(live_host, tmp_path_factory, page, artifacts, capsys):
+    """A fresh clone in an empty ComfyUI, started; Templates, the first of ours as it is shipped, Run: a picture. Prints the times."""
+    base = make_base(tmp_path_factory.mktemp("new_user"), pack=False)
+    clone(base)
+    began, times = time.monotonic(), {}
+    with Server(live_host, base) as server, Browser((1920, 1080)) as own:
+        user = Frontend(own, server)
+        user.open()
+        times["ComfyUI on the screen"] = time.monotonic() - began
+        first = user.page.do(lambda page: cards(page)[0])
+        assert first == TEMPLATES[0].file
+        user.open_template(first)
+        times["template open"] = time.monotonic() - began
+        result = user.queue()
+        times["picture"] = time.monotonic() - began
+        user.page.screenshot(artifacts / "new_user.png")
+        assert user.problems() == []
+        check_pictures(server, result)
+    with capsys.disabled():
+        print("\na new user: " + ", ".join(f"{name} after {seconds:.0f} s" for name, seconds in times.items()))
+
+
+def cards(page) -> list[str]:
+    """Names of our templates in the order of the Templates dialog, which is closed again."""
+    page.get_by_role("button", name="Templates").first.click()
+    page.get_by_role("button", name="Pastiche", exact=True).first.click()
+    page.get_by_test_id(f"template-workflow-{TEMPLATES[0].file}").wait_for(timeout=20_000)
+    found = page.evaluate("() => [...document.querySelectorAll('[data-testid^=template-workflow-]')].map((card) => card.dataset.testid)")
+    page.keyboard.press("Escape")
+    return [name.removeprefix("template-workflow-") for name in found]
+
+
+def test_templates_come_in_the_order_of_learning(fresh):
+    """However the server lists them; other packs' lists stay as they are."""
+    listed = fresh.server.get("/workflow_templates")
+    assert sorted(listed["pastiche"]) == [template.file for template in TEMPLATES]
+    upside_down = {"pastiche": sorted(listed["pastiche"], reverse=True), "another": ["b", "c", "a"]}
+    fresh.page.do(lambda page: page.route("**/workflow_templates", lambda route: route.fulfill(json=upside_down)))
+    try:
+        assert fresh.page.evaluate("() => app.api.getWorkflowTemplates()") == {**upside_down, "pastiche": sorted(listed["pastiche"])}
+    finally:
+        fresh.page.do(lambda page: page.unroute("**/workflow_templates"))
+    assert fresh.page.do(cards) == [template.file for template in TEMPLATES]
 
 
 def test_quick_start_has_five_nodes(fresh):

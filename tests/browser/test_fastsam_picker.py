@@ -544,3 +544,12 @@ def test_status_fits(picker, scene):
         f"""() => {{ const s = ({_VIEW})('.pastiche-picker-status'); return [s.scrollWidth - s.clientWidth, s.scrollHeight - s.clientHeight]; }}"""
     )
     assert max(over) <= 1, (over, status(picker))
+
+
+def test_the_picture_gets_the_room_of_the_node(picker):
+    """A taller node is a taller picture. Nodes 2.0 gives every text box an equal part of the room, and lets nobody say otherwise."""
+    height = f"() => ({_VIEW})('.pastiche-picker-view').clientHeight"
+    before = picker.page.evaluate(height)
+    picker.page.evaluate(f'() => {{ const n = app.graph.nodes.find((n) => n.type === "{NODE}"); n.setSize([n.size[0], n.size[1] + 300]); app.canvas.setDirty(true, true); }}')
+    time.sleep(0.7)
+    assert picker.page.evaluate(height) - before >= (290 if picker.mode == "classic" else 145)

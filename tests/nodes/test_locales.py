@@ -93,3 +93,17 @@ def test_languages_have_the_same_main_keys(repository):
 
     english, chinese = (json.loads((repository / "locales" / language / "main.json").read_text(encoding="utf-8")) for language in ("en", "zh"))
     assert keys(english) <= keys(chinese)
+
+
+def test_what_widgets_say_is_translated(repository):
+    """Every text that js/ says stands in js/texts.js in Chinese, and nothing else does."""
+    table = re.search(r"const CHINESE = \{(.*?)\n\};", (repository / "js" / "texts.js").read_text(encoding="utf-8"), re.DOTALL)[1]
+    chinese = dict(re.findall(r'"((?:[^"\\]|\\.)*)":\s*"((?:[^"\\]|\\.)*)"', table))
+    assert len(chinese) > 20 and all(HAN.search(text) for text in chinese.values())
+    for english, text in chinese.items():
+        assert set(re.findall(r"\{\w+\}", english)) == set(re.findall(r"\{\w+\}", text)), english
+    code = {path.name: path.read_text(encoding="utf-8") for path in (repository / "js").glob("*.js")}
+    said = {text for source in code.values() for call in re.findall(r'\bsay\(((?:"[^"]*"|[^",()])*)', source) for text in re.findall(r'"([^"]+)"', call)}
+    view = code["fastsam_view.js"]
+    said |= set(re.findall(r'^  \["\w+", "[^"]+", "([^"]+)"\],$', view, re.MULTILINE)) | set(re.findall(r'const HELP =\s*"([^"]+)"', view)) | {"Fit"}
+    assert said == set(chinese)

@@ -3,7 +3,7 @@
 import pytest
 from host import graph
 from host.comfy import ServerError
-from support.live import small_prompt, workflow_by_name
+from support.live import ROOT, small_prompt, workflow_by_name
 
 
 def node(prompt, class_type, title=None):
@@ -42,13 +42,37 @@ def plain_euler(prompt):
     node(prompt, "SamplerCustom")["sampler"] = [str(key), 0]
 
 
+def sde(prompt):
+    node(prompt, "KSamplerSelect")["sampler_name"] = "dpmpp_2m_sde"
+
+
+def ksampler(prompt):
+    """The sampler that every other graph has: it adds noise, always."""
+    (key,) = graph.find(prompt, "SamplerCustom", None)
+    old = prompt[key]["inputs"]
+    prompt[key] = {"class_type": "KSampler", "inputs": {
+        **{name: old[name] for name in ("model", "positive", "negative", "latent_image")}, "seed": 0, "steps": 4, "cfg": 1.0,
+        "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}}
+    return prompt[key]["inputs"]
+
+
+def ksampler_guidance(prompt):
+    ksampler(prompt)["cfg"] = 7.0
+
+
 MISTAKES = [
     ("styleid_mini", add_noise, "Turn add_noise off"),
+    ("styleid_mini", ksampler, "KSampler always adds it: use SamplerCustom"),
     ("styleid_mini", guidance, "Set cfg to 1"),
+    ("styleid_mini", ksampler_guidance, "Set cfg to 1"),
     ("styleid_mini", ancestral, "Choose euler"),
+    ("styleid_mini", sde, "Choose euler"),
     ("styleid_mini", encoded_picture, "encoded picture, not from its inverted noise"),
     ("injectfusion_mini", plain_euler, "Connect InjectFusion Sampler"),
 ]
+
+
+HALF = "were captured on another schedule .* Connect the same SIGMAS to DDIM Inversion and to the sampler"
 
 
 def said(server, prompt):
@@ -78,6 +102,24 @@ def test_swapped_pictures_of_one_size_are_told(server):
         prompt[key] = {"class_type": "ImageScale", "inputs": {
             "image": prompt[key]["inputs"]["image"], "upscale_method": "bilinear", "width": 128, "height": 96, "crop": "center"}}
     assert [line for line in said(server, prompt) if "Content and style look swapped" in line]
+
+
+def test_half_of_the_denoising_is_refused(server):
+    """A schedule of its own for the sampler, with denoise 0.5, on a picture inverted to full noise."""
+    prompt = small_prompt(workflow_by_name("styleid_mini"))
+    (key,) = graph.find(prompt, "BasicScheduler", None)
+    prompt["half"] = {"class_type": "BasicScheduler", "inputs": {**prompt[key]["inputs"], "denoise": 0.5}}
+    node(prompt, "SamplerCustom")["sigmas"] = ["half", 0]
+    with pytest.raises(ServerError, match=HALF):
+        server.run(prompt)
+
+
+def test_the_table_in_the_docs_has_every_sentence():
+    """docs/mistakes.md tells what is tested here."""
+    rows = [line for line in (ROOT / "docs" / "mistakes.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")][2:]
+    sentences = {advice for _, _, advice in MISTAKES} | {"not swapped", "Content and style look swapped", HALF.rpartition(" .* ")[2]}
+    assert [sentence for sentence in sentences if not any(sentence in row for row in rows)] == []
+    assert len(rows) >= len(MISTAKES) + 3
 
 
 @pytest.mark.parametrize("name", ["styleid_mini", "injectfusion_mini"])

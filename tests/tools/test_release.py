@@ -2,7 +2,9 @@
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -42,6 +44,27 @@ def test_project_file_has_no_placeholder():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert not re.findall(r'= ""|TODO|example\.(?:com|org)|<[a-z ]+>|your', text, re.IGNORECASE)
     assert 'license = { file = "LICENSE" }' in text and "classifiers" in text
+
+
+def test_icon_is_as_the_registry_wants_it(shipped):
+    """A square of at most 400 pixels, in the repository; its address, once there is one, leads to it."""
+    icon = ElementTree.parse(ROOT / "assets" / "icon.svg").getroot()
+    assert icon.get("width") == icon.get("height") and 64 <= int(icon.get("width")) <= 400
+    assert "assets/icon.svg" in shipped
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    addresses = [project["tool"]["comfy"].get("Icon"), *project["project"].get("urls", {}).values()]
+    assert all(address is None or re.match(r"https://[^ ]+$", address) for address in addresses)
+    assert addresses[0] is None or addresses[0].endswith("/assets/icon.svg")
+
+
+def test_every_help_page_has_a_picture():
+    without = [page.name for page in (ROOT / "js" / "docs").glob("*.md") if not re.search(r"!\[[^\]]+\]\(pictures/", page.read_text(encoding="utf-8"))]
+    assert without == []
+
+
+def test_pictures_are_small_files():
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "js" / "docs" / "pictures").iterdir()}
+    assert {name: size for name, size in sizes.items() if size > 120_000} == {}
 
 
 def test_pictures_of_the_pages_are_there_and_shown():

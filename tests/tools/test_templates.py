@@ -1,6 +1,7 @@
 """tools/templates.py against the files: every graph has its template, its thumbnail and, where it needs one, its download."""
 
 import json
+import re
 
 import pytest
 import templates
@@ -8,6 +9,10 @@ from PIL import Image
 from support.live import API_WORKFLOWS, ROOT
 
 FOLDER = ROOT / "workflows"
+FOLDERS = {
+    "CheckpointLoaderSimple": ["checkpoints"], "PasticheLoadFastSAM": ["fastsam"], "PasticheLoadUnconditional": ["diffusers"],
+    "UNETLoader": ["diffusion_models"], "VAELoader": ["vae"], "CLIPLoader": ["text_encoders"], "DualCLIPLoader": ["text_encoders"],
+}
 
 
 def nodes(template):
@@ -43,7 +48,10 @@ def test_models_say_where_they_come_from(template):
         named = [value for value in node["widgets_values"] if str(value).endswith((".safetensors", ".pt")) or value in templates.MODELS]
         assert [model["name"] for model in node["properties"]["models"]] == named
         for model in node["properties"]["models"]:
-            assert set(model) == {"name", "directory", "url"} and model["url"].startswith("https://")
+            assert set(model) == {"name", "directory", "url"} and re.match(r"https://(huggingface\.co|github\.com)/[^ ?]+$", model["url"])
+            file = model["url"].rpartition("/")[2]
+            assert file == model["name"] or f"/{model['name']}/" in model["url"], "what is downloaded has another name"
+            assert model["directory"] in FOLDERS[node["type"]]
     files = [value for node in nodes(template) for value in node.get("widgets_values") or [] if str(value).endswith((".safetensors", ".pt"))]
     assert set(files) <= set(templates.MODELS)
 

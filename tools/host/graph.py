@@ -14,7 +14,8 @@ _MODELS = {("CheckpointLoaderSimple", "ckpt_name"): "checkpoints", ("LoraLoaderM
            ("LoraLoader", "lora_name"): "loras", ("LoraModelLoader", "lora_name"): "loras", ("VAELoader", "vae_name"): "vae",
            ("UNETLoader", "unet_name"): "diffusion_models", ("CLIPLoader", "clip_name"): "text_encoders",
            ("DualCLIPLoader", "clip_name1"): "text_encoders", ("DualCLIPLoader", "clip_name2"): "text_encoders",
-           ("ControlNetLoader", "control_net_name"): "controlnet", ("PasticheLoadFastSAM", "model_name"): "fastsam"}
+           ("ControlNetLoader", "control_net_name"): "controlnet", ("PasticheLoadFastSAM", "model_name"): "fastsam",
+           ("PasticheLoadFeatures", "file"): "pastiche_features"}
 
 
 def find(prompt: dict[str, Any], class_type: str, title: str | None = None) -> list[str]:
