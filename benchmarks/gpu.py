@@ -7,9 +7,10 @@
 ASSETS holds train_photos/, style/, content/ and metrics/. Tables, the tests' summary and steps.md go to
 benchmarks/results/<the GPU's name>/, logs and checkpoints to --work. A step that is done is not run again: the same command
 goes on after an interruption (trainings from their checkpoints), --again NAME repeats a step. A step that fails or passes
-its time limit does not keep the others from running. Trained models are written to --work/models, not over the pack's: look at
-them first (tools/train_mini.py report). The papers' tables need --checkpoint, --styleid-data, --injectfusion-model,
---injectfusion-data and --weights; see styleid_table.py. COMFYUI_PATH selects the ComfyUI.
+its time limit does not keep the others from running. Trained models are written to --work/models, not over the pack's: look
+at them first (tools/train_mini.py report). The papers' tables need --checkpoint, --styleid-data, --injectfusion-model,
+--injectfusion-data and --weights; see styleid_table.py. Started with any Python, it makes or finds the environment of
+tools/test.py; COMFYUI_PATH selects a ComfyUI.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from host import environment  # noqa: E402
+
 PATIENCE = 20  # seconds from asking a step to end until it is killed
 SMALL_PHOTOS = 68  # 64 are kept for validation
 OUTCOMES = ("done", "failed", "skipped")
@@ -113,7 +118,9 @@ def plan(options: argparse.Namespace, results: Path) -> list[Step]:
                 str(work / "training"), stage, "--minutes", "0.02", "--processes", "1", "--batch", "2"]
         return Step(f"train-{stage}", full, less, minutes * 1.2 + 20, missing)
 
-    def benchmark(name: str, script: str, full: list[str], less: list[str] | None, minutes: float, sheet: bool = False, missing: str = "") -> Step:
+    def benchmark(
+        name: str, script: str, full: list[str], less: list[str] | None, minutes: float, sheet: bool = False, missing: str = ""
+    ) -> Step:
         outputs = ["--table", str(results / f"{name}.md"), *(["--sheet", str(results / f"{name}.jpg")] if sheet else [])]
         command = [python, f"benchmarks/{script}.py"]
         small_command = None if less is None else [*command, *less, *outputs]
@@ -131,7 +138,7 @@ def plan(options: argparse.Namespace, results: Path) -> list[Step]:
     random = ["--data", str(small / "table"), "--weights", "random", "--pairs", "4", "--steps", "4"]
     tiny = [assets, "--size", "64", "--steps", "2", "--pairs", "1"]
     tests = [python, "-m", "pytest", "-c", "tests/pytest.ini", "-q", "-p", "no:cacheprovider"]
-    untrained = "" if TRANSFORMER.exists() else "nodes/assets has no mini_transformer.safetensors: copy the trained one there, run again"
+    untrained = "" if TRANSFORMER.exists() else "nodes/assets has no mini_transformer.safetensors: copy the trained one there"
     steps = [
         training("unet", options.unet),
         training("transformer", options.transformer),
@@ -142,7 +149,8 @@ def plan(options: argparse.Namespace, results: Path) -> list[Step]:
         Step("formats", *2 * ([python, "tools/verify_models.py", "--device", device, "--size", "16", "--fastsam",
                                "assets/fastsam_mini.safetensors", "--unconditional", "tests/assets/ddpm_blobs"],), 10),
         benchmark("styleid_quality", "styleid_quality", [assets], tiny, 60, sheet=True),
-        benchmark("style_reference", "style_reference", [assets, "--architecture", "unet"], [*tiny, "--architecture", "unet"], 60, sheet=True),
+        benchmark("style_reference", "style_reference", [assets, "--architecture", "unet"], [*tiny, "--architecture", "unet"], 60,
+                  sheet=True),
         benchmark("style_reference_transformer", "style_reference", [assets], tiny, 60, sheet=True, missing=untrained),
         benchmark("gamma_schedule", "gamma_schedule", [assets], tiny, 60),
         benchmark("injectfusion", "injectfusion", [assets],
@@ -282,5 +290,17 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def start(arguments: list[str]) -> int:
+    """`main` in the Python of the environment that runs ComfyUI and the tests; makes one on first use."""
+    parse(arguments)
+    host = environment.prepare(tests=True)
+    code = environment.run_inside(host, __file__, arguments)
+    return main(arguments) if code is None else code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(start(sys.argv[1:]))
+    except environment.SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
