@@ -28,6 +28,7 @@ class Plan:
     heads: int = 0  # 0: by head_channels
     head_channels: int = 64
     heads_first: bool = True  # rows of qkv: q, k, v of a head together
+    shortcut: int = 1  # kernel where widths change
 
     @property
     def embedding(self) -> int:
@@ -43,7 +44,7 @@ PLANS = {
     "adm, other order": Plan(updown=True, head_channels=32, heads_first=False),
     "one level": Plan(multipliers=(1,), attended=(0,), heads=4, out_channels=3),
     "ddpm": Plan(ddpm=True, multipliers=(1, 2, 2), blocks=2, attended=(1,), out_channels=3),
-    "ddpm, deep": Plan(ddpm=True, multipliers=(1, 1, 2, 2), blocks=1, attended=(2, 3), out_channels=3),
+    "ddpm, deep": Plan(ddpm=True, multipliers=(1, 1, 2, 2), blocks=1, attended=(2, 3), out_channels=3, shortcut=3),
 }
 
 
@@ -145,7 +146,8 @@ def _walk(plan, d, x, t, change_h=lambda h: h):
 def _residual(plan, d, name, x, emb, width, resample=lambda h: h):
     """Ho et al.: norm, swish, conv, + time, norm, swish, conv, + input. ADM: the time gives (scale, shift) of the second norm."""
     if plan.ddpm:
-        norm1, conv1, time, norm2, conv2, skip = ("norm1", "conv1", "temb_proj", "norm2", "conv2", "nin_shortcut")
+        norm1, conv1, time, norm2, conv2, skip = ("norm1", "conv1", "temb_proj", "norm2", "conv2", "conv_shortcut")
+        skip = "nin_shortcut" if plan.shortcut == 1 else skip
     else:
         norm1, conv1, time, norm2, conv2, skip = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
     double = plan.scale_shift and not plan.ddpm
@@ -157,7 +159,7 @@ def _residual(plan, d, name, x, emb, width, resample=lambda h: h):
     else:
         h = _norm(plan, d, f"{name}.{norm2}", h + told)
     h = _conv(d, f"{name}.{conv2}", _silu(h), width, 3)
-    return h + (x if x.shape[1] == width else _conv(d, f"{name}.{skip}", x, width, 1))
+    return h + (x if x.shape[1] == width else _conv(d, f"{name}.{skip}", x, width, plan.shortcut))
 
 
 def _attention(plan, d, name, x):
