@@ -1,5 +1,6 @@
 """Checkpoints: what is read, what is refused, and that nothing in a file runs."""
 
+import importlib.util
 import os
 import pathlib
 import zipfile
@@ -7,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from support import segmenters
 
@@ -117,6 +119,18 @@ def test_code_in_a_layout_does_not_reach_the_builder(tmp_path):
     segmenters.save_checkpoint(tmp_path / "a.pt", model)
     with pytest.raises(ValueError, match="not laid out as YOLOv8-seg"):
         read_checkpoint(str(tmp_path / "a.pt"))
+
+
+def test_the_layout_is_ultralytics_own():
+    """Its file, read and not imported: networks of these tests are built from our layout."""
+    package = pathlib.Path(importlib.util.find_spec("ultralytics").origin).parent
+    theirs = yaml.safe_load((package / "cfg" / "models" / "v8" / "yolov8-seg.yaml").read_text(encoding="utf-8"))
+    ours = fastsam_format.SegmenterWeights(0.33, 0.5, 1024, 640, {}).layout()
+    for part in ("backbone", "head"):
+        rows = [[source, count, module, [None if value == "None" else value for value in arguments]]
+                for source, count, module, arguments in theirs[part]]
+        assert ours[part] == rows
+    assert theirs["scales"]["s"] == [0.33, 0.5, 1024] and ours["scales"]["own"] == [0.33, 0.5, 1024] and ours["nc"] == 1
 
 
 @pytest.mark.parametrize("change, message", [
