@@ -78,6 +78,14 @@ def test_network_size(image, resolution, fixed, inner, padded):
         torch.testing.assert_close(picture[:, :, inner[0] :], torch.full_like(picture[:, :, inner[0] :], 114 / 255))
 
 
+def test_a_letterbox_is_the_picture_in_0_to_1_at_the_top_left():
+    image = 3 * torch.rand(48, 64, 4) - 1
+    picture = fastsam._letterbox(image, (48, 64), (64, 96))
+    expected = torch.full((1, 3, 64, 96), 114 / 255)
+    expected[0, :, :48, :64] = image[..., :3].permute(2, 0, 1).clamp(0, 1)
+    torch.testing.assert_close(picture, expected)
+
+
 # ---- cache and model management, on a real network with random weights ----
 
 
