@@ -15,7 +15,6 @@ Source: Zhao et al., Fast Segment Anything, arXiv 2306.12156.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import os
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from ..checks import is_finite, kind_of_tensor
 from ..files import atomic_write, refuse_web_page
+from ..safe_pickles import only_these
 
 FORMAT = "yolov8-seg"
 MASKS = 32  # prototypes, and mask coefficients per detection
@@ -130,19 +130,6 @@ def _named_records() -> list[tuple[type, str]]:
     names = [f"ultralytics.{module}.{name}" for name, modules in _ULTRALYTICS.items() for module in modules]
     names += [f"torch.nn.modules.{module}.{name}" for name, module in _TORCH.items()]
     return [(type(name.rpartition(".")[2], (Record,), {}), name) for name in names + _PLAIN]
-
-
-@contextlib.contextmanager
-def _only_these(records: list[tuple[type, str]]):
-    """torch's allow-list holds these and nothing of ComfyUI's or other packs'; afterwards it is as it was."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        torch.serialization.add_safe_globals(records)
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
 
 
 @dataclass
@@ -244,7 +231,7 @@ def _read_pt(path: str, name: str) -> SegmenterWeights:
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be read; it may be truncated, or a web page. Download it again. ({error})") from error
     try:
-        with _only_these(records):
+        with only_these(records):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for each way a file is broken
         if type(error).__name__ == "UnpicklingError":

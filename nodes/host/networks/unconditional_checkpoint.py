@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checks import is_finite, kind_of_tensor
 from ..files import refuse_web_page
+from ..safe_pickles import only_these
 from .unconditional_layouts import HEADS, ORDERS, Layout
 
 PICKLES = (".pt", ".pth", ".ckpt")
@@ -114,7 +115,8 @@ def _read_pickle(path: Path) -> Any:
             with zipfile.ZipFile(path) as file:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
                     raise ValueError(f"{path.name} is a compressed archive, which PyTorch never writes.")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with only_these():
+            return torch.load(path, map_location="cpu", weights_only=True)
     except ValueError:
         raise
     except Exception as error:  # torch raises a different type for each way a file is broken
