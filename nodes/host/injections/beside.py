@@ -141,9 +141,10 @@ def _has_its_own(conditions: dict, place: slice, wanted: dict[str, tuple[Any, bo
 
 
 def _same(batch: Any, place: slice, value: Any, repeatable: bool) -> bool:
-    if not isinstance(value, Tensor) or not isinstance(batch, Tensor):
+    """Whether `own_conditions` could put `value` there: whole, or repeated along the tokens."""
+    if not isinstance(value, Tensor) or not isinstance(batch, Tensor) or batch.ndim != value.ndim or batch.shape[0] < place.stop:
         return False
+    wanted = list(value.shape[1:])
     if value.ndim == 3 and repeatable and batch.shape[1] % value.shape[1] == 0:
-        value = value.repeat(1, batch.shape[1] // value.shape[1], 1)
-    rows = batch[place]
-    return rows.shape[1:] == value.shape[1:] and bool((rows == value.to(rows)).all())
+        wanted[0] = batch.shape[1]
+    return list(batch.shape[1:]) == wanted
