@@ -3,12 +3,80 @@
 Each takes a MODEL and returns a patched clone.
 """
 
+import functools
+import importlib.util
 from contextlib import contextmanager
+from pathlib import Path
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
 import torch
 import torch.nn.functional as F
+
+from support.models import randomize, tiny_cond, tiny_unet
+from support.styles import merged, random_lora
+
+NODES = {  # of nodes that patch a MODEL and keep its grids: what they are called in docs/compatibility.md
+    "pag": "PerturbedAttentionGuidance", "sag": "SelfAttentionGuidance", "nag": "NAGuidance", "freeu": "FreeU_V2", "rescale_cfg": "RescaleCFG",
+    "cfg_zero": "CFGZeroStar", "mahiro": "Mahiro", "fresca": "FreSca", "lora": "Load LoRA", "merge": "ModelMergeSimple",
+    "blurred_queries": "smoothed energy guidance*", "perturbed_tokens": "token perturbation guidance*", "couple_one": "attention couple*",
+    "prompted": "IPAdapter*",
+}
+
+
+def patched(name, model):
+    """`model` with a node of NODES, as the tests set it."""
+    if name == "lora":
+        return merged(model, random_lora(model, 3))
+    if name == "prompted":
+        return image_prompt(model, {("output", number): 1 for number in (5, 6, 10)})
+    if name == "couple_one":
+        return couple(model, [tiny_cond(model, seed=20)[0][0]])
+    return globals()[name](model)
+
+
+def merge(model, ratio=0.7):
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    return ModelMergeSimple().merge(model, tiny_unet(seed=1), ratio)[0]
+
+
+@functools.lru_cache(maxsize=1)
+def core_nodes():
+    """ComfyUI's nodes.py, by its path: here "nodes" may be the pack's folder."""
+    path = Path(comfy.samplers.__file__).parents[1] / "nodes.py"
+    spec = importlib.util.spec_from_file_location("comfyui_core_nodes", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.lru_cache(maxsize=1)
+def _control_net():
+    """A random ControlNet of the tiny SD1.x, with core's classes."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.ops
+
+    network = comfy.cldm.cldm.ControlNet(
+        image_size=32, in_channels=4, model_channels=32, hint_channels=3, num_res_blocks=[2] * 4, channel_mult=(1, 1, 2, 2), num_heads=2,
+        use_spatial_transformer=True, transformer_depth=[1] * 6 + [0] * 2, transformer_depth_middle=1, context_dim=32, legacy=False,
+        dtype=torch.float32, operations=comfy.ops.disable_weight_init,
+    )
+    randomize(network, 50)
+    return comfy.controlnet.ControlNet(network, load_device=comfy.model_management.get_torch_device())
+
+
+def controlled(positive, negative, size=(16, 16)):
+    """(positive, negative) after core's Apply ControlNet with a random picture for a latent of `size`."""
+    picture = torch.rand(1, 8 * size[0], 8 * size[1], 3, generator=torch.Generator().manual_seed(51))
+    return core_nodes().ControlNetApplyAdvanced().apply_controlnet(positive, negative, _control_net(), picture, 0.5, 0.0, 1.0)
+
+
+def with_area(positive, other):
+    """`positive` and, in the left half, core's Conditioning (Set Area with Percentage) of `other`."""
+    return positive + core_nodes().ConditioningSetAreaPercentage().append(other, 0.5, 1.0, 0.0, 0.0, 1.0)[0]
 
 
 def pag(model, scale=3.0):
