@@ -12,6 +12,7 @@ from torch import Tensor
 from ...algorithms.masks import as_batch
 from ...algorithms.references import sampling_progress
 from ..injections.style_rows import STYLE_PLAN
+from ..networks.neighbours import leave_out, owner_of
 from ..networks.rows import condition_rows, lengthen, own_conditions, without_control
 from .layout import SLOT, Layout, Probe, small_shape
 from .settings import Reference, Source
@@ -19,6 +20,7 @@ from .sharing import Part, Sharing
 from .sources import TrajectorySource, seeded_noise
 
 KEY = "pastiche_references"
+BY_ROWS = {"easycache": "EasyCache"}  # keeps outputs by condition and decides by the mean of all rows; LazyCache sees the sample's alone
 
 
 class ReferenceRun:
@@ -62,6 +64,8 @@ class StyleReferences:
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         self._check(noise, sigmas)
+        if leave_out(executor.class_obj.model_options, BY_ROWS):
+            logging.warning("Pastiche: EasyCache skips no steps in a run with Style Reference, whose rows it would take for the sample's.")
         options = executor.class_obj.model_options["transformer_options"]
         options[KEY] = ReferenceRun(tuple(noise.shape))
         try:
@@ -252,8 +256,12 @@ class _Forward:
         return (execute or self.executor)(x, t, conditions.pop("c_concat"), conditions.pop("c_crossattn"), control, options, **conditions)
 
     def _signature(self) -> tuple:
-        """What the layout depends on: the latent's size and the sizes of all conditions."""
-        return tuple(self.x.shape[1:]), tuple((name, _shapes(value)) for name, value in sorted(self.conditions.items()))
+        """What the layout depends on: the latent's size, the sizes of all conditions, and which attention others replace:
+        guidance's extra passes replace some that the run's own pass asks for."""
+        replaced = tuple(
+            (kind, slot, owner_of(patch)) for kind, slots in sorted(self.options.get("patches_replace", {}).items()) for slot, patch in slots.items()
+        )
+        return tuple(self.x.shape[1:]), tuple((name, _shapes(value)) for name, value in sorted(self.conditions.items())), replaced
 
     def _progress(self) -> float:
         sigmas = self.options.get("sample_sigmas")
