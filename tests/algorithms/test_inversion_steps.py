@@ -92,6 +92,18 @@ def test_fixed_point_asks_first_at_the_guess_of_predicted():
     assert asked[0][1] == 1.0
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("strength, settled", [(0.5, True), (8.0, False)])
+def test_whether_the_last_evaluation_was_where_the_step_ends(scheme, strength, settled):
+    """Only fixed_point looks for a better place after the one it keeps: where it grows worse."""
+    x = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    denoise, asked = counted(predict(strength))
+    landing = SCHEMES[scheme](denoise, x, leg(0.3, 1.0, iterations=40))
+    assert landing.settled == (settled or scheme != "fixed_point")
+    if scheme == "fixed_point":
+        assert torch.equal(asked[-1][0], landing.x) == settled
+
+
 def residuals(denoise, x, y, step):
     return (y - x - step.step * noise_prediction(y, denoise(y, step.sigma_next), step.sigma_next)).flatten(1).norm(dim=1)
 
