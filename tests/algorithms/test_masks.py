@@ -97,6 +97,14 @@ def test_feather_keeps_constants_and_centre_of_an_edge():
     assert torch.equal(feather_mask(edge, 0), edge)
 
 
+@pytest.mark.parametrize("pixels", [0.5, 1, 2, 4, 5])
+def test_feather_is_scipys_gaussian_of_half_the_width(pixels):
+    ndimage = pytest.importorskip("scipy.ndimage")
+    mask = (torch.rand(2, 21, 17, generator=torch.Generator().manual_seed(0)) > 0.6).double()
+    expected = [ndimage.gaussian_filter(one.numpy(), pixels / 2, mode="nearest", radius=max(1, round(1.5 * pixels))) for one in mask]
+    torch.testing.assert_close(feather_mask(mask, pixels), torch.stack([torch.from_numpy(one) for one in expected]))
+
+
 def test_contour_is_inside_and_thin():
     shape = disc(10) > 0
     line = boundary(shape, 1)
