@@ -59,10 +59,13 @@ def test_the_final_mask_is_bright_tinted_and_outlined(layers):
 
 
 def test_a_tint_is_see_through_and_its_outline_white():
-    picture = tint(LARGE.float())
+    final = LARGE.float()
+    final[50] = 0.5  # half inside is outside
+    picture = tint(final)
     assert picture.shape == (64, 64, 4) and torch.equal(picture[8, 20], torch.ones(4))
     torch.testing.assert_close(picture[20, 20], torch.cat([palette(1)[0], torch.tensor([0.45])]))
     assert not picture[2, 2, 3]
+    torch.testing.assert_close(picture[50, 20], torch.cat([palette(1)[0], torch.tensor([0.225])]))
 
 
 @pytest.mark.parametrize("size, line", [(64, 1), (500, 1), (700, 2), (1050, 3)])
