@@ -65,6 +65,7 @@ class Template:
     boxes: tuple[Box, ...] = ()
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     shown: tuple[str, str, str] | None = None  # thumbnail: titles of content, style and result
+    centre: float = 0.5  # what is in the middle of the thumbnail, as a share of the photo's width
     pictured_by: str = ""  # without: the mini template (api) whose thumbnail it shares, beside those of the same name
 
     @property
@@ -107,7 +108,7 @@ TEMPLATES = [
         (QUICK,),
         {NOTE: (460, 200), "Photo": (300, 340), "Painting": (300, 380), "Photo in the painting's style": (420, 170), "Result": (420, 330),
          "Compare": (680, 760)},
-        ("Photo", "Painting", "Result"),
+        ("Photo", "Painting", "Result"), 0.15,
     ),
     Template(
         "02 StyleID - every step in sight", "styleid_mini",

@@ -33,9 +33,10 @@ def run(server: Server, template: Template, prompt: dict) -> dict[str, Path]:
 def compose(template: Template, pictures: list[Image.Image]) -> Image.Image:
     """(content, style, result) as one square picture."""
     content, style, result = pictures
-    sheet = ImageOps.fit(result.convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS)
-    for number, picture in enumerate((content, style)):
-        inset = ImageOps.expand(ImageOps.fit(picture.convert("RGB"), (INSET, INSET), Image.Resampling.LANCZOS), EDGE, "white")
+    sheet = ImageOps.fit(result.convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS, centering=(template.centre, 0.5))
+    for number, (picture, centre) in enumerate(((content, template.centre), (style, 0.5))):
+        square = ImageOps.fit(picture.convert("RGB"), (INSET, INSET), Image.Resampling.LANCZOS, centering=(centre, 0.5))
+        inset = ImageOps.expand(square, EDGE, "white")
         sheet.paste(inset, (EDGE * 2 + number * (INSET + 3 * EDGE), SIZE - INSET - 4 * EDGE))
     return sheet
 

@@ -56,6 +56,18 @@ def test_models_say_where_they_come_from(template):
     assert set(files) <= set(templates.MODELS)
 
 
+def test_thumbnails_tell_templates_apart():
+    """Their photos and styles differ; the sheet, the LoRA and the mask are told by what they show."""
+    pairs = {}
+    for template in templates.TEMPLATES:
+        if template.mini:
+            graph = json.loads((FOLDER / "api" / f"{template.api}.json").read_text(encoding="utf-8"))
+            titles = {entry["_meta"]["title"]: entry["inputs"].get("picture") for entry in graph.values()}
+            pairs[template.api] = tuple(titles[title] for title in template.shown[:2])
+    of_methods = [pairs[api] for api in ("quick_start_mini", "styleid_mini", "injectfusion_mini", "fastsam_localized_style_mini", "style_reference_mini")]
+    assert len(set(of_methods)) == len(of_methods), pairs
+
+
 @pytest.mark.parametrize("template", templates.TEMPLATES, ids=lambda template: template.api)
 def test_thumbnail_is_square_enough(template):
     with Image.open(FOLDER / f"{template.file}.jpg") as image:
