@@ -117,8 +117,12 @@ def spoiled(value: float) -> Trajectory:
     return replace(trajectory(), latents=latents)
 
 
+def uniform(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1))
+
+
 def hostile_tensors(shape: tuple[int, ...]) -> list[torch.Tensor]:
-    plain = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    plain = uniform(*shape)
     nan, huge = plain.clone(), plain.clone()
     nan.flatten()[-1], huge.flatten()[0] = NAN, INF
     return [
@@ -138,17 +142,17 @@ def pool(kind: str) -> tuple[list, list]:
         odd = [latent(8, 8, 1, 0, 16), latent(8, 8, 1, 0, 9), latent()[:, :, None], latent(7, 9), torch.zeros(1, 4, 8, 8)]
         return [{"samples": x} for x in shapes], [{"samples": x} for x in odd + hostile_tensors((1, 4, 8, 8))] + [{}]
     if kind == "IMAGE":
-        good = [torch.rand(shape) for shape in ((1, 64, 64, 3), (2, 64, 48, 3), (1, 64, 64, 4))]
-        return good, [torch.rand(1, 64, 64, 1), torch.rand(1, 1, 1, 3), torch.rand(1, 64, 64, 2), *hostile_tensors((1, 64, 64, 3))]
+        good = [uniform(*shape) for shape in ((1, 64, 64, 3), (2, 64, 48, 3), (1, 64, 64, 4))]
+        return good, [uniform(1, 64, 64, 1), uniform(1, 1, 1, 3), uniform(1, 64, 64, 2), *hostile_tensors((1, 64, 64, 3))]
     if kind == "MASK":
-        return [torch.ones(1, 64, 64), torch.rand(1, 64, 64), torch.zeros(1, 64, 64), torch.rand(2, 8, 8)], [torch.rand(1, 1, 1), torch.rand(3, 4, 4), *hostile_tensors((1, 16, 16))]
+        return [torch.ones(1, 64, 64), uniform(1, 64, 64), torch.zeros(1, 64, 64), uniform(2, 8, 8)], [uniform(1, 1, 1), uniform(3, 4, 4), *hostile_tensors((1, 16, 16))]
     if kind == "SIGMAS":
         steps = schedule(model(), 2)
         return [steps, schedule(model(), 1)], [steps.flip(0), steps[:1], steps[:-1], steps * 1e30, -steps, *hostile_tensors((3,))]
     if kind == "CONDITIONING":
         nan = cond[0][0].clone()
         nan[0, 0, 0] = NAN
-        wide = [[torch.randn(1, 7, 48), {}]]
+        wide = [[uniform(1, 7, 48), {}]]
         return [cond, tiny_cond(model(), 14, 1)], [[], [[nan, {}]], [*cond, *cond], [[None, {}]], wide, [[cond[0][0][:0], {}]], [[cond[0][0][:, :0], {}]], family_cond("flux")]
     if kind == "PASTICHE_TRAJECTORY":
         own = trajectory()
@@ -180,10 +184,10 @@ def pool(kind: str) -> tuple[list, list]:
     if kind == "PASTICHE_STYLE":
         lora = StyleEntry(lora=random_lora(model(), 0))
         return [lora, StyleEntry(features=features()), StyleEntry(picture={"samples": latent()})], [
-            StyleEntry(), replace(lora, mask=torch.rand(3, 8, 8)), replace(lora, strength=0.0), StyleEntry(features=features("ram", 2)), StyleEntry(model=model("inpaint")),
+            StyleEntry(), replace(lora, mask=uniform(3, 8, 8)), replace(lora, strength=0.0), StyleEntry(features=features("ram", 2)), StyleEntry(model=model("inpaint")),
         ]
     if kind in ("BOUNDING_BOX", "BOUNDING_BOXES", "BBOX"):
-        return [[[1, 2, 30, 40]], [{"x": 1, "y": 2, "width": 9, "height": 9}]], [[], {}, [[]], [[[1, 2, 3, 4]], []], [None], [[1, 2]], torch.rand(2, 4), "x", [{"x": []}], [[INF, 0, 1, 1]]]
+        return [[[1, 2, 30, 40]], [{"x": 1, "y": 2, "width": 9, "height": 9}]], [[], {}, [[]], [[[1, 2, 3, 4]], []], [None], [[1, 2]], uniform(2, 4), "x", [{"x": []}], [[INF, 0, 1, 1]]]
     return [], []
 
 
