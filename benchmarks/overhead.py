@@ -39,7 +39,7 @@ def measure(dtype: torch.dtype, side: int, rounds: int) -> dict[str, list[float]
         return inject_style(model, style, content, 0.75, 1.5, strength, LAYERS, 0.0, 1.0, mask)
 
     kinds = {"plain": model, "injected": injected(), "strength 0.5": injected(0.5), "mask": injected(mask=mask)}
-    noise = 7 * random_latent(side, side, seed=9) / 3
+    noise = model.model.process_latent_out(content.trajectory.latents[-1])
     seconds = {kind: [] for kind in kinds}
     for number in range(rounds + 1):
         for kind, patched in kinds.items():
