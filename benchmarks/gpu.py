@@ -162,6 +162,7 @@ def plan(options: argparse.Namespace, results: Path) -> list[Step]:
                   [assets, "--architecture", "transformer", "--size", "64", "--photos", "1"], 60, missing=untrained),
         benchmark("evaluations", "evaluations", [assets], [*tiny, "--rounds", "1", "--quick"], 60),
         benchmark("overhead", "overhead", ["--size", "512"], None, 60),
+        benchmark("reference_cost", "reference_cost", [], ["--side", "8", "--hidden", "128", "--repeats", "1"], 60),
         benchmark("memory_modes", "memory_modes", ["--size", "512"], ["--size", "64", "--steps", "2", "--rounds", "1"], 60),
         benchmark("fastsam_scenes", "fastsam_scenes", [], ["--scenes", "2"], 60),
         benchmark("multistyle_mini", "multistyle", ["--mini", "--latent", "32", "64"],
@@ -180,7 +181,7 @@ def plan(options: argparse.Namespace, results: Path) -> list[Step]:
     listed = {Path(word).name for step in steps for word in step.full if word.endswith(".py")}
     for path in sorted((ROOT / "benchmarks").glob("*.py")):  # those that nobody listed above
         text = path.read_text(encoding="utf-8")
-        if path.name not in listed and "add_outputs(parser" in text:
+        if path.name not in listed and re.search(r"^    add_outputs\(parser", text, re.M):
             steps.append(benchmark(path.stem, path.stem, [assets] if 'add_argument("assets"' in text else [], None, 60))
     return steps
 

@@ -2,24 +2,23 @@
 """Writes an unconditional model's file (.pt, .pth, .ckpt, .safetensors) as .safetensors for Load Unconditional DDPM.
 
     python tools/convert_unconditional.py afhqdog_p2.pt models/diffusers/afhqdog_p2.safetensors
-    python tools/convert_unconditional.py lsun_uncond.pt lsun.safetensors --heads 1 --timesteps 4000
+    python tools/convert_unconditional.py mine.pt mine.safetensors --heads 2 --betas linear --timesteps 4000
 
-Needs torch and safetensors. Of a pickle only tensors, numbers and texts are read; a moving average is taken where the
-file has one. The layout is recognised and every name and shape checked first. Heads, betas and timesteps, which weights
-do not tell, are noted in the file, so that the node's `auto` is right.
+Needs ComfyUI (COMFYUI_PATH, else .environment/ComfyUI). Of a pickle only tensors, numbers and texts are read; a moving
+average is taken where the file has one. The layout is recognised and every name and shape checked first. Heads, betas and
+timesteps, which weights do not tell, are noted in the file, so that the node's `auto` is right.
 """
 
 import argparse
 import os
 import sys
-import types
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from verify_models import prepare
 
 
 def main(arguments: list[str] | None = None) -> int:
-    _make_importable()
+    prepare("cpu")
     from pastiche.nodes.host.networks.unconditional_checkpoint import BETAS, Reading
     from pastiche.nodes.host.networks.unconditional_layouts import HEADS, ORDERS
 
@@ -43,15 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
 def convert(source: Path, target: Path, reading) -> str:
     """Writes `target` whole or not at all; returns a sentence on what was found. Raises ValueError, OSError."""
     from pastiche.nodes.host.networks.unconditional_checkpoint import read_weights
-    from pastiche.nodes.host.networks.unconditional_layouts import recognise, translate
+    from pastiche.nodes.host.networks.unconditional_files import build_network
     from safetensors.torch import save_file
 
     if target.suffix != ".safetensors":
         raise ValueError(f"{target.name} should end in .safetensors.")
     weights = read_weights(source)
     reading = reading.noted(weights.notes, source.name)
-    layout = recognise(weights.state, source.name, reading.heads, reading.attention_order)
-    translate(weights.state, layout, source.name)
+    layout = build_network(weights, reading, source.name).layout
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
@@ -63,14 +61,6 @@ def convert(source: Path, target: Path, reading) -> str:
     count = sum(tensor.numel() for tensor in weights.state.values())
     average = ", the moving average" if weights.averaged else ""
     return f"{target}: {layout.family} layout, {len(weights.state)} tensors{average}, {count / 1e6:.1f} M parameters"
-
-
-def _make_importable() -> None:
-    """The pack as `pastiche`, unless it is there already."""
-    if "pastiche" not in sys.modules:
-        package = types.ModuleType("pastiche")
-        package.__path__ = [str(ROOT)]
-        sys.modules["pastiche"] = package
 
 
 if __name__ == "__main__":

@@ -41,4 +41,7 @@ def test_what_is_no_such_model_writes_nothing(tool, tmp_path, capsys):
         assert tool.main([str(tmp_path / "net.pt"), str(tmp_path / target)]) == 1
     assert "lacks out.2.bias" in (told := capsys.readouterr().err) and "net.bin should end" in told
     assert tool.main([str(tmp_path / "missing.pt"), str(tmp_path / "net.safetensors")]) == 1
+    torch.save({**draw(PLANS["p2"]), "out.0.bias": torch.zeros(7)}, tmp_path / "net.pt")
+    assert tool.main([str(tmp_path / "net.pt"), str(tmp_path / "net.safetensors")]) == 1
+    assert "norm_out.bias is (7,), expected (32,)" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["net.pt"]

@@ -96,7 +96,7 @@ def test_every_benchmark_and_both_trainings_are_steps(gpu, repository, tmp_path,
 
 def test_a_benchmark_that_nobody_listed_is_a_step(gpu, tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "new.py").write_text('parser.add_argument("assets", type=Path)\nadd_outputs(parser)\n')
+    (tmp_path / "benchmarks" / "new.py").write_text('parser.add_argument("assets", type=Path)\n    add_outputs(parser)\n')
     (tmp_path / "benchmarks" / "helper.py").write_text("def add_outputs(parser): ...\n".replace("(parser)", "(p)"))
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     step = gpu.plan(gpu.parse(["--assets", "/a", "--work", str(tmp_path)]), tmp_path)[-1]
