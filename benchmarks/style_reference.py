@@ -32,11 +32,11 @@ VARIANTS = {
     "replace, temperature 1.5": dict(share="replace", temperature=1.5),
 }
 OF_TRANSFORMERS = {
-    "join, untwisted": dict(share="join", temperature=1.0, cures=Cures(untwist_high=0.5, untwist_low=1.3)),
     "replace, untwisted": dict(share="replace", temperature=1.0, cures=Cures(untwist_high=0.5, untwist_low=1.3)),
+    "replace, moved aside": dict(share="replace", temperature=1.0, cures=Cures(position_shift=1.0)),
     "join, balanced": dict(share="join", temperature=1.0, cures=PRESETS["balanced"]),
-    "replace, balanced": dict(share="replace", temperature=1.0, cures=PRESETS["balanced"]),
-    "replace, more style": dict(share="replace", temperature=1.0, cures=PRESETS["more style"]),
+    "replace, balanced": dict(share="replace", temperature=1.5, cures=PRESETS["balanced"]),
+    "replace, more style": dict(share="replace", temperature=1.5, cures=PRESETS["more style"]),
 }
 SHOWN = 6  # pairs on the sheet
 

@@ -262,6 +262,22 @@ TEMPLATES = [
         sizes={NOTE: (790, 190), "Result": (270, 340), "Compare": (470, 600)},
         shown=("My picture", "Style", "Result"),
     ),
+    Template(
+        "10 Restyle my picture - a small Flux, inverted", "restyle_transformer_mini",
+        "## Restyle my picture on a flow transformer\n\n"
+        "A small network of Flux's class stands in for the large ones. The photo is inverted, then drawn again beside the style picture, whose "
+        "attention it takes.\n\n"
+        "**Change first:** *preset*: plain copies more, more style loosens positions further; then *gamma*: how much of the photo's own attention stays. "
+        "Templates 18 to 25 do the same on large models.",
+        (
+            (("", ((NOTE,),)), ("1 Pictures", (("My picture", "Style"), ("Mini transformer", "Picture size", "Style size", "Encode picture", "Encode style")))),
+            (("2 Start", (("Schedule", "Invert picture", "Guider"),)),),
+            (("3 Style", (("The style picture runs beside the sample",),)),),
+            (("4 Draw", (("Sampler", "Sample", "Decode", "Result"), ("Compare",))),),
+        ),
+        sizes={NOTE: (600, 220), "Result": (270, 340), "Compare": (440, 560)},
+        shown=("My picture", "Style", "Result"),
+    ),
 ]
 
 
