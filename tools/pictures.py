@@ -181,6 +181,18 @@ def style_reference(comfy: ComfyUI) -> Image.Image:
     return sheet([*rows, dial(comfy, graph, title, "preset", ["plain", "balanced", "more style"])])
 
 
+def style_reference_transformer(comfy: ComfyUI) -> Image.Image:
+    """On the mini transformer, from an inverted photo, at its template's size."""
+    graph, title = small("restyle_transformer_mini"), "The style picture runs beside the sample"
+    graph.set("Picture size", largest_size=192)
+    graph.set("Style size", largest_size=192)
+    rows = [[photo(graph, comfy, "My picture"), photo(graph, comfy, "Style")]]
+    for share in ("join", "replace"):
+        graph.set(title, share=share)
+        rows.append([(f"{share}, {caption}", picture) for caption, picture in dial(comfy, graph, title, "preset", ["plain", "balanced", "more style"])])
+    return sheet(rows)
+
+
 def feature_pca(comfy: ComfyUI) -> Image.Image:
     graph, title = small("styleid_mini"), "Content's features"
     mini = node(graph, "Mini model")
@@ -285,6 +297,6 @@ def methods(comfy: ComfyUI) -> Image.Image:
 
 SHEETS: dict[str, Callable[[ComfyUI], Image.Image]] = {
     function.__name__: function for function in (
-        methods, styleid, adain, layers, injectfusion, injectfusion_boost, inversion, inversion_report, midpoint, ddim_sampler, style_reference, feature_pca,
-        style_similarity, mini_kinds, samples, lora_strength, loss_plot, feature_injection, keep_outside, multistyle, style_entry, fastsam)
+        methods, styleid, adain, layers, injectfusion, injectfusion_boost, inversion, inversion_report, midpoint, ddim_sampler, style_reference,
+        style_reference_transformer, feature_pca, style_similarity, mini_kinds, samples, lora_strength, loss_plot, feature_injection, keep_outside, multistyle, style_entry, fastsam)
 }

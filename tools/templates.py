@@ -267,7 +267,7 @@ TEMPLATES = [
         "## Restyle my picture on a flow transformer\n\n"
         "A small network of Flux's class stands in for the large ones. The photo is inverted, then drawn again beside the style picture, whose "
         "attention it takes.\n\n"
-        "**Change first:** *preset*: plain copies more, more style loosens positions further; then *gamma*: how much of the photo's own attention stays. "
+        "**Change first:** *share*: join keeps the photo and takes colours; *preset*: plain is softer; then *gamma*: how much of the photo's own attention stays. "
         "Templates 18 to 25 do the same on large models.",
         (
             (("", ((NOTE,),)), ("1 Pictures", (("My picture", "Style"), ("Mini transformer", "Picture size", "Style size", "Encode picture", "Encode style")))),
