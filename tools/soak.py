@@ -13,7 +13,6 @@ grew or changed. Linux only: the numbers come from /proc. Standard library only;
 from __future__ import annotations
 
 import argparse
-import gc
 import hashlib
 import os
 import random
@@ -166,19 +165,33 @@ def pictures(server: Server) -> list[str]:
 
 
 def forget(server: Server) -> None:
-    """Models and cached outputs go; returns when the server has done it, between two prompts."""
+    """Models and cached outputs go; returns when the server's memory no longer falls, as it frees them in its own time."""
     server.request("/free", {"unload_models": True, "free_memory": True})
-    time.sleep(3)
+    low, calm = float("inf"), 0
+    for _ in range(30):
+        time.sleep(1)
+        now = resident(server)
+        calm = 0 if now < 0.995 * low else calm + 1
+        low = min(low, now)
+        if calm >= 4:
+            return
+
+
+def resident(server: Server) -> float:
+    """MB of main memory."""
+    return int(_status(server)["VmRSS"].split()[0]) / 1024
+
+
+def _status(server: Server) -> dict[str, str]:
+    lines = Path(f"/proc/{server.pid}/status").read_text().splitlines()
+    return dict(line.split(":", 1) for line in lines if ":" in line)
 
 
 def measure(server: Server, prompts: int, started: float) -> Measured:
     forget(server)
-    gc.collect()
-    process = Path(f"/proc/{server.pid}")
-    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines() if ":" in line)
     ours = [*server.base.rglob("*.partial"), *(server.base / "temp" / "pastiche").glob("*"), *Path(os.environ["TMPDIR"]).iterdir()]
     return Measured(
-        prompts, int(status["VmRSS"].split()[0]) / 1024, len(list((process / "fd").iterdir())), int(status["Threads"]), len(ours),
+        prompts, resident(server), len(os.listdir(f"/proc/{server.pid}/fd")), int(_status(server)["Threads"]), len(ours),
         (time.monotonic() - started) / 60,
     )
 
