@@ -178,8 +178,8 @@ def forget(server: Server) -> None:
 
 
 def resident(server: Server) -> float:
-    """MB of main memory."""
-    return int(_status(server)["VmRSS"].split()[0]) / 1024
+    """MB of main memory that are its own; pages of mapped files come and go with the system."""
+    return int(_status(server)["RssAnon"].split()[0]) / 1024
 
 
 def _status(server: Server) -> dict[str, str]:
