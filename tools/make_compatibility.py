@@ -27,9 +27,12 @@ Written by `tools/make_compatibility.py` from the results of `tests/neighbours`,
 - **refused**: stops with a sentence that names the other node.
 - **left out**: the other node is stepped over in this run, and the log says so.
 
+Features are the same wherever they are used only on the grids that they were captured on: with PatchModelAddDownscale (Deep Shrink) that node belongs on the MODEL of DDIM Inversion and Capture Features as well, or query preservation and Feature Injection are refused. Refused in any case are: files of its features, whose sizes change from step to step; HyperTile beside strength below 1, a mask or Feature Injection's self-attention, which need the tiles, of random sizes, that it keeps to itself; TomePatchModel beside captures and query preservation, as it merges other tokens in every pass; conditions with an area and query preservation or Feature Injection, as the content's features are of the whole picture.
+
 \\* not the node itself, but a small patch of the same shape, written for the tests.
 
 """
+BY_HAND = ROOT / "tests" / "neighbours" / "by_hand.md"  # a section of what no test repeats, which says so
 
 
 def read_pairs(*results: Path) -> dict[tuple[str, str], str]:
@@ -70,7 +73,7 @@ def main() -> None:
         if results is None:
             results = [Path(folder) / "results.xml"]
             run_tests(results[0])
-        page = as_page(read_pairs(*results), host_version())
+        page = as_page(read_pairs(*results), host_version()) + BY_HAND.read_text(encoding="utf-8")
     target = ROOT / "docs" / "compatibility.md"
     temporary = target.with_suffix(".tmp")
     temporary.write_text(page, encoding="utf-8")

@@ -39,7 +39,7 @@ SETS = {
 }
 HEADER = """# ComfyUI versions
 
-Written by `tools/try_hosts.py`, which runs the pack's import, every node's schema and a small functional set (real sampling on tiny random models, most of it against oracles without our code) on a ComfyUI folder. Only the versions listed were run, on the CPU; the oldest supported is {oldest}. The whole test suite runs on {pinned}.
+Written by `tools/try_hosts.py`, which runs the pack's import, every node's schema and a small functional set (real sampling on tiny random models, most of it against oracles without our code) on a ComfyUI folder. Only the versions listed were run, on the CPU; the oldest supported is {oldest}, the first with the hook behind the U-Net's middle block (`middle_block_after_patch`) that h-space Slerp stands on. The whole test suite runs on {pinned}.
 
 """
 
