@@ -552,4 +552,4 @@ def test_the_picture_gets_the_room_of_the_node(picker):
     before = picker.page.evaluate(height)
     picker.page.evaluate(f'() => {{ const n = app.graph.nodes.find((n) => n.type === "{NODE}"); n.setSize([n.size[0], n.size[1] + 300]); app.canvas.setDirty(true, true); }}')
     time.sleep(0.7)
-    assert picker.page.evaluate(height) - before >= (290 if picker.mode == "classic" else 145)
+    assert picker.page.evaluate(height) - before >= (250 if picker.mode == "classic" else 145)
