@@ -8,6 +8,7 @@ from pastiche.nodes.algorithms.references import (
     RotaryLayout,
     differing_span,
     fit_latent,
+    grown_tokens,
     match_channels,
     match_pairs,
     mix_styles,
@@ -153,3 +154,12 @@ def test_mixing():
     assert torch.allclose(mix_styles(plain, [a, b], [0.25, 0.5]), 0.25 * plain + 0.25 * a + 0.5 * b)
     assert torch.allclose(mix_styles(None, [a, b], [0.3, 0.7]), 0.3 * a + 0.7 * b)
     assert torch.equal(mix_styles(None, [a], [1.0]), a)
+
+
+@pytest.mark.parametrize("tokens, small, shape, expected", [
+    (64, (8, 8), (16, 12), 192), (16, (8, 8), (16, 12), 48), (20, (7, 9), (13, 15), 56), (48, (3, 8, 8), (3, 16, 8), 96),
+    (15, (8, 8), (16, 16), None),
+])
+def test_tokens_grow_with_the_latent(tokens, small, shape, expected):
+    """Patches of 1 and 2 cells, sides rounded up; three frames."""
+    assert grown_tokens(tokens, small, shape) == expected
