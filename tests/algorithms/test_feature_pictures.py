@@ -1,8 +1,9 @@
 """Pictures of features: colours and frames, pixel by pixel."""
 
+import numpy as np
 import pytest
 import torch
-from pastiche.nodes.algorithms.views import attention_map, heat_overlay, mark_cell
+from pastiche.nodes.algorithms.views import attention_map, heat_overlay, mark_cell, pca_image
 
 
 def test_attention_map_is_the_mean_of_the_heads_softmax():
@@ -40,3 +41,16 @@ def test_a_frame_around_less_than_three_pixels_holds_three():
 def test_frames_are_wider_in_large_pictures():
     marked = mark_cell(torch.zeros(512, 384, 3), 1, 1, (4, 4))
     assert (marked[..., 0] == 1).sum() == (128 + 6) * (96 + 6) - 128 * 96
+
+
+def test_colours_are_numpys_principal_components_of_the_whole_batch():
+    features = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([4.0, 3, 2, 1, 0.5]).view(5, 1, 1)
+    points = features.double().numpy().transpose(0, 2, 3, 1).reshape(-1, 5)
+    points = points - points.mean(0)
+    axes = np.linalg.eigh(points.T @ points)[1].T[::-1][:3]
+    axes = axes * np.sign([axis[np.abs(axis).argmax()] for axis in axes])[:, None]
+    found = points @ axes.T
+    low, high = np.quantile(found, 0.01, axis=0), np.quantile(found, 0.99, axis=0)
+    expected = torch.from_numpy(((found - low) / (high - low)).clip(0, 1).reshape(2, 3, 4, 3))
+    torch.testing.assert_close(pca_image(features).double(), expected, rtol=0, atol=1e-4)
+    assert pca_image(features[:, :2]).shape == (2, 3, 4, 3)  # fewer channels than colours

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,6 +130,17 @@ def test_crop_is_a_window_of_whole_blocks(generator):
         top, left = divmod(int(part[0, 0, 0, 0]), 40)
         assert torch.equal(part, latents[..., top : top + part.shape[-2], left : left + part.shape[-1]])
     assert len(sizes) > 1
+
+
+@pytest.mark.parametrize("seed, step", [(0, -1), (5, 0), (2**63, 999)])
+def test_step_generators_are_splitmix64s(seed, step):
+    """Steele et al. 2014, in NumPy's 64-bit arithmetic: a resumed run of another version draws the same numbers."""
+    with np.errstate(over="ignore"):
+        z = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(step + 1) * np.uint64(0xD1B54A32D192ED03)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = (z ^ (z >> np.uint64(31))) >> np.uint64(1)
+    assert step_generator(seed, step).initial_seed() == int(z)
 
 
 def test_crop_windows_lie_anywhere():

@@ -75,3 +75,10 @@ def test_a_single_pixel_has_a_mean_and_no_deviation():
     assert torch.equal(mean, one) and not std.any()
     assert torch.equal(adain(one, many), many.mean(dim=(2, 3), keepdim=True))
     assert torch.equal(adain(many, one), one.expand_as(many))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5, 2.0, 3.0])
+def test_queries_are_scaled_by_any_temperature(temperature):
+    query, content = torch.randn(2, 1, 3, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(injected_query(query, content, 0.75, temperature), temperature * (0.75 * content + 0.25 * query))
+    torch.testing.assert_close(injected_query(query, None, 0.75, temperature), temperature * query)
