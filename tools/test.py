@@ -23,8 +23,10 @@ ON_DEVICE = [TESTS / "host", TESTS / "nodes"]
 # files of these folders that no tensor of a model passes through: a device changes nothing in them
 WITHOUT_DEVICE = {
     "host/test_files.py": "names and bytes of files",
+    "host/test_compatibility.py": "what an older ComfyUI's node interface lacks",
     "host/test_fastsam_format.py": "checkpoint files, which are read on the CPU",
     "host/test_untouched.py": "what importing does, in processes of its own",
+    "host/test_verify_models.py": "a tool that checks files, on the CPU",
     "host/test_version.py": "version numbers",
     "nodes/test_api_graphs.py": "JSON",
     "nodes/test_locales.py": "JSON",
