@@ -44,14 +44,14 @@ def test_the_final_mask_is_bright_tinted_and_outlined(layers):
     image = torch.full((64, 64, 3), 0.5)
     final = LARGE.float()
     final[48:60, 40:60] = 1  # where no object is
-    final[62, :] = 0.5  # half inside is outside
+    final[[52, 62]] = 0.5  # half inside is outside
     picture, colours = draw_overlay(image, layers, final), palette(3)
     expected = {
         (14, 14): 0.65 * 0.5 + 0.35 * colours[0], (25, 25): 0.65 * 0.5 + 0.35 * colours[1],  # inside
         (20, 25): colours[1], (44, 10): colours[2],  # outlines of objects
         (8, 20): torch.ones(3), (48, 50): torch.ones(3),  # outlines of the final mask
         (54, 50): torch.full((3,), 0.5), (50, 10): torch.full((3,), 0.25), (2, 2): torch.full((3,), 0.25),
-        (62, 30): torch.full((3,), 0.375),
+        (62, 30): torch.full((3,), 0.375), (52, 10): torch.full((3,), 0.375),
     }
     for (row, column), colour in expected.items():
         torch.testing.assert_close(picture[row, column], colour, msg=f"at {row}, {column}: {picture[row, column]}, not {colour}")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from pastiche.nodes.algorithms.prompts import parse_boxes, parse_points
+from pastiche.nodes.algorithms.prompts import Boxes, parse_boxes, parse_points
 
 
 @pytest.mark.parametrize(
@@ -108,3 +108,8 @@ def test_box_size_scales():
 def test_bad_boxes(value, message):
     with pytest.raises(ValueError, match=message):
         parse_boxes(value)
+
+
+def test_boxes_scale_with_each_side_of_their_image():
+    boxes = Boxes((((1.0, 2.0, 3.0, 4.0),), ()), (10.0, 20.0))
+    assert boxes.on(30, 100) == ((3.0, 10.0, 9.0, 20.0),) and boxes.on(30, 100, image=1) == boxes.on(30, 100, image=7) == ()

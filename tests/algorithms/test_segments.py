@@ -157,6 +157,7 @@ def test_boxes_grow_with_each_side_of_the_image():
     prediction = torch.tensor([[6.0, 4.0, 4.0, 4.0, 0.9, 1.0]]).T
     found = decode_segments(prediction, torch.ones(1, 8, 8), 40, 90, (4.0, 6.0), 2)
     assert found.boxes.tolist() == [[30.0, 10.0, 60.0, 30.0]]
+    assert found.areas.tolist() == [600.0]  # of cells of 10 x 15 pixels
 
 
 def test_boxes_that_overlap_by_less_stay():
