@@ -67,6 +67,7 @@ class Template:
     shown: tuple[str, str, str] | None = None  # thumbnail: titles of content, style and result
     centre: float = 0.5  # what is in the middle of the thumbnail, as a share of the photo's width
     pictured_by: str = ""  # without: the mini template (api) whose thumbnail it shares, beside those of the same name
+    drawn: tuple[str, str, int] | None = None  # with pictured_by: samples of content and style, longest side, for a thumbnail of its own
 
     @property
     def mini(self) -> bool:
@@ -265,13 +266,13 @@ TEMPLATES = [
     Template(
         "10 Restyle my picture - a small Flux, inverted", "restyle_transformer_mini",
         "## Restyle my picture on a flow transformer\n\n"
-        "A small network of Flux's class stands in for the large ones. The photo is inverted, then drawn again beside the style picture, whose "
-        "attention it takes.\n\n"
-        "**Change first:** *share*: join keeps the photo and takes colours; *preset*: plain is softer; then *gamma*: how much of the photo's own attention stays. "
+        "A small network of Flux's class stands in for the large ones. Photo and style picture are inverted, then the photo is drawn "
+        "again beside the style, whose attention it takes.\n\n"
+        "**Change first:** the *Style*; then *gamma*: how much of the photo's own attention stays; *share*: join keeps the photo and takes colours. "
         "Templates 18 to 25 do the same on large models.",
         (
             (("", ((NOTE,),)), ("1 Pictures", (("My picture", "Style"), ("Mini transformer", "Picture size", "Style size", "Encode picture", "Encode style")))),
-            (("2 Start", (("Schedule", "Invert picture", "Guider"),)),),
+            (("2 Start", (("Schedule", "Invert picture", "Invert style", "Guider"),)),),
             (("3 Style", (("The style picture runs beside the sample",),)),),
             (("4 Draw", (("Sampler", "Sample", "Decode", "Result"), ("Compare",))),),
         ),
@@ -331,10 +332,11 @@ TEMPLATES += [
 ]
 
 REFERENCE = "The style picture runs beside the sample"
-SHARED = "style_reference_mini"
+SHARED = "restyle_transformer_mini"
 
 
-def _reference(file: str, api: str, note: str, loaders: tuple[str, ...], start: tuple[str, ...], restyles: bool = True) -> Template:
+def _reference(file: str, api: str, note: str, loaders: tuple[str, ...], start: tuple[str, ...], drawn: tuple[str, str, int],
+               restyles: bool = True) -> Template:
     """Style Reference on a large model: loaders and prompts, then from which noise, style, result."""
     mine = ("My picture", "Style") if restyles else ("Style",)
     sizes = ("Picture size", "Style size", "Encode picture", "Encode style") if restyles else ("Style size", "Encode style")
@@ -347,7 +349,7 @@ def _reference(file: str, api: str, note: str, loaders: tuple[str, ...], start: 
             (("4 Draw", (("Sampler", "Sample", "Decode", "Result"), ("Compare",))),),
         ),
         sizes={NOTE: (860, 200), "Result": (270, 340), "Compare": (400, 520), "Prompt": (280, 120), "Empty prompt": (280, 90), "Negative prompt": (280, 90)},
-        pictured_by=SHARED,
+        pictured_by=SHARED, drawn=drawn,
     )
 
 
@@ -373,19 +375,19 @@ SPLIT = ("Diffusion model", "Text encoder", "VAE", "Shift")
 FLUX = ("Diffusion model", "Text encoders", "VAE")
 TEMPLATES += [
     _reference("18 Restyle my picture - Flux", "restyle_flux", INVERTED.format("Flux"), (*FLUX, "Empty prompt", "Guidance"),
-               ("Schedule", "Invert picture", "Guider")),
+               ("Schedule", "Invert picture", "Guider"), ("coffee", "woodcut", 384)),
     _reference("19 Style from a picture - Flux", "style_reference_flux", FROM_TEXT.format("Flux"), FLUX,
-               ("Prompt", "Guidance", "No negative prompt", "Size", "Schedule"), False),
+               ("Prompt", "Guidance", "No negative prompt", "Size", "Schedule"), ("coffee", "woodcut", 384), False),
     _reference("20 Restyle my picture - SD3.5", "restyle_sd35", INVERTED.format("Stable Diffusion 3.5"), ("Checkpoint", "Empty prompt"),
-               ("Schedule", "Invert picture", "Guider")),
+               ("Schedule", "Invert picture", "Guider"), ("astronaut", "impasto", 256)),
     _reference("21 Style from a picture - SD3.5", "style_reference_sd35", FROM_TEXT.format("Stable Diffusion 3.5"), ("Checkpoint",),
-               ("Prompt", "Negative prompt", "Size", "Schedule"), False),
+               ("Prompt", "Negative prompt", "Size", "Schedule"), ("astronaut", "impasto", 256), False),
     _reference("22 Restyle my picture - Qwen-Image", "restyle_qwen_image", INVERTED.format("Qwen-Image"), (*SPLIT, "Empty prompt"),
-               ("Schedule", "Invert picture", "Guider")),
+               ("Schedule", "Invert picture", "Guider"), ("coffee", "impasto", 384)),
     _reference("23 Style from a picture - Qwen-Image", "style_reference_qwen_image", FROM_TEXT.format("Qwen-Image"), SPLIT,
-               ("Prompt", "Negative prompt", "Size", "Schedule"), False),
+               ("Prompt", "Negative prompt", "Size", "Schedule"), ("coffee", "impasto", 384), False),
     _reference("24 Restyle my picture - Z-Image Turbo", "restyle_z_image", NOISED.format("Z-Image Turbo"), (*SPLIT, "Prompt"),
-               ("No negative prompt", "Schedule from a noised start")),
+               ("No negative prompt", "Schedule from a noised start"), ("astronaut", "woodcut", 256)),
     _reference("25 Style from a picture - Z-Image Turbo", "style_reference_z_image", FROM_TEXT.format("Z-Image Turbo"), SPLIT,
-               ("Prompt", "No negative prompt", "Size", "Schedule"), False),
+               ("Prompt", "No negative prompt", "Size", "Schedule"), ("astronaut", "woodcut", 256), False),
 ]

@@ -45,14 +45,37 @@ def make(server: Server, template: Template, prompt: dict) -> None:
     """Runs the graph of a mini template and writes its thumbnail, and that of its sister for a checkpoint."""
     run(server, template, prompt)
     write(template)
+    result = next(key for key, node in prompt.items() if node["_meta"]["title"] == template.shown[2])
+    for drawn in dict.fromkeys(sister.drawn for sister in TEMPLATES if sister.pictured_by == template.api and sister.drawn):
+        content, style, size = drawn
+        other = json.loads(json.dumps(prompt))
+        for entry in other.values():
+            title, inputs = entry["_meta"]["title"], entry["inputs"]
+            if "picture" in inputs:
+                inputs["picture"] = style if title == "Style" else content
+            if title == "Picture size":
+                inputs["largest_size"] = size
+        image = next(image for image in server.run(other).images if image["node"] == result)
+        server.download(image, RESULTS / template.api / "2.png")
+        for number, name in enumerate((f"content_{content}.jpg", f"style_{style}.png")):
+            Image.open(ROOT / "assets" / "samples" / name).save(RESULTS / template.api / f"{number}.png")
+        write(template, drawn)
 
 
-def write(template: Template) -> None:
-    """The thumbnail from the pictures that `run` has kept; the same for the template of that method with a checkpoint."""
+def write(template: Template, drawn: tuple[str, str, int] | None = None) -> None:
+    """The thumbnail from the pictures that `run` has kept; the same for the template of that method with a checkpoint.
+
+    With `drawn`: that of the templates with this choice of pictures.
+    """
     pictures = [Image.open(io.BytesIO((RESULTS / template.api / f"{i}.png").read_bytes())) for i in range(3)]
     sheet = compose(template, pictures)
     for sister in TEMPLATES:
-        if sister is template or sister.pictured_by == template.api or sister.api in (template.api.removesuffix("_mini"), f"{template.api.removesuffix('_mini')}_unconditional"):
+        if drawn:
+            mine = sister.pictured_by == template.api and sister.drawn == drawn
+        else:
+            method = template.api.removesuffix("_mini")
+            mine = sister is template or sister.pictured_by == template.api and not sister.drawn or sister.api in (method, f"{method}_unconditional")
+        if mine:
             target = ROOT / "workflows" / f"{sister.file}.jpg"
             sheet.save(target.with_suffix(".part"), "JPEG", quality=88)
             target.with_suffix(".part").replace(target)
