@@ -182,15 +182,31 @@ def style_reference(comfy: ComfyUI) -> Image.Image:
 
 
 def style_reference_transformer(comfy: ComfyUI) -> Image.Image:
-    """On the mini transformer, from an inverted photo, at its template's size."""
-    graph, title = small("restyle_transformer_mini"), "The style picture runs beside the sample"
-    graph.set("Picture size", largest_size=192)
-    graph.set("Style size", largest_size=192)
+    """On the mini transformer, photo and style inverted."""
+    graph, title = small("restyle_transformer_mini", my="coffee", style="impasto"), "The style picture runs beside the sample"
+    graph.set("Picture size", largest_size=384)
     rows = [[photo(graph, comfy, "My picture"), photo(graph, comfy, "Style")]]
     for share in ("join", "replace"):
         graph.set(title, share=share)
         rows.append([(f"{share}, {caption}", picture) for caption, picture in dial(comfy, graph, title, "preset", ["plain", "balanced", "more style"])])
     return sheet(rows)
+
+
+def styles(comfy: ComfyUI) -> Image.Image:
+    """README's first picture: three photos in three styles on the mini transformer, all as its template has it."""
+    rows = []
+    for content, size in (("astronaut", 256), ("coffee", 384), ("dandelion", 448)):
+        row = []
+        for style in ("stained glass", "impasto", "woodcut"):
+            graph = small("restyle_transformer_mini", my=content, style=style)
+            graph.set("Picture size", largest_size=size)
+            row.append((f"{content}, {style}", run(comfy, graph)))
+            if not rows:
+                rows.append([("photos and styles", Image.new("RGB", CELL, "white"))])
+            if len(rows[0]) < 4:
+                rows[0].append((style, run(comfy, graph, node(graph, "Style"))))
+        rows.append([(content, run(comfy, graph, node(graph, "My picture"))), *row])
+    return sheet(rows, (240, 240))
 
 
 def feature_pca(comfy: ComfyUI) -> Image.Image:
@@ -298,5 +314,5 @@ def methods(comfy: ComfyUI) -> Image.Image:
 SHEETS: dict[str, Callable[[ComfyUI], Image.Image]] = {
     function.__name__: function for function in (
         methods, styleid, adain, layers, injectfusion, injectfusion_boost, inversion, inversion_report, midpoint, ddim_sampler, style_reference,
-        style_reference_transformer, feature_pca, style_similarity, mini_kinds, samples, lora_strength, loss_plot, feature_injection, keep_outside, multistyle, style_entry, fastsam)
+        style_reference_transformer, styles, feature_pca, style_similarity, mini_kinds, samples, lora_strength, loss_plot, feature_injection, keep_outside, multistyle, style_entry, fastsam)
 }
