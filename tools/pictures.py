@@ -193,9 +193,9 @@ def style_reference_transformer(comfy: ComfyUI) -> Image.Image:
 
 
 def styles(comfy: ComfyUI) -> Image.Image:
-    """README's first picture: three photos in three styles on the mini transformer, all as its template has it."""
+    """README's first picture: two photos in three styles on the mini transformer, all as its template has it."""
     rows = []
-    for content, size in (("astronaut", 256), ("coffee", 384), ("dandelion", 448)):
+    for content, size in (("astronaut", 256), ("coffee", 384)):
         row = []
         for style in ("stained glass", "impasto", "woodcut"):
             graph = small("restyle_transformer_mini", my=content, style=style)
@@ -206,7 +206,7 @@ def styles(comfy: ComfyUI) -> Image.Image:
             if len(rows[0]) < 4:
                 rows[0].append((style, run(comfy, graph, node(graph, "Style"))))
         rows.append([(content, run(comfy, graph, node(graph, "My picture"))), *row])
-    return sheet(rows, (240, 240))
+    return sheet(rows, (216, 216))
 
 
 def feature_pca(comfy: ComfyUI) -> Image.Image:

@@ -60,11 +60,17 @@ def test_vram_features_are_there_when_read_to_the_cpu():
 
 @needs_device
 def test_ram_features_are_pinned_by_core_in_their_own_size(monkeypatch):
-    before = comfy.model_management.TOTAL_PINNED_MEMORY
-    store = MemoryStore(SHAPES, 2, torch.float32, CPU)
-    gained = comfy.model_management.TOTAL_PINNED_MEMORY - before
+    gc.collect()
+    elsewhere, gained = [], 0
+    while not gained and len(elsewhere) < 1000:
+        before = comfy.model_management.TOTAL_PINNED_MEMORY
+        store = MemoryStore(SHAPES, 2, torch.float32, CPU)
+        gained = comfy.model_management.TOTAL_PINNED_MEMORY - before
+        assert all(tensor.is_pinned() for tensor in store._tensors.values())
+        # Core leaves weights of dropped models registered; memory in such a place is pinned already and not counted again.
+        elsewhere.append(store)
     assert store.nbytes <= gained < store.nbytes + 64 * len(SHAPES)
-    assert all(tensor.is_pinned() for tensor in store._tensors.values())
+    elsewhere.clear()
     del store
     gc.collect()
     assert comfy.model_management.TOTAL_PINNED_MEMORY == before
