@@ -279,6 +279,21 @@ TEMPLATES = [
         sizes={NOTE: (600, 220), "Result": (270, 340), "Compare": (440, 560)},
         shown=("My picture", "Style", "Result"),
     ),
+    Template(
+        "10 Style from a picture - a small Flux, from noise", "style_reference_transformer_mini",
+        "## A new picture in a picture's style\n\n"
+        "Nothing is restyled here: the small Flux draws from noise, beside the style picture, whose attention it takes. It knows no words, only kinds: "
+        "here a painting. It draws no things, but you see what comes from the style.\n\n"
+        "**Change first:** the *Style*; then *share*: join takes less of it; then the seed. Templates 19 to 25 do the same for a prompt.",
+        (
+            (("", ((NOTE,),)), ("1 Pictures", (("Style",), ("Mini transformer", "Style size", "Encode style")))),
+            (("2 Start", (("Size", "Noise", "Schedule", "Guider"),)),),
+            (("3 Style", (("The style picture runs beside the sample",),)),),
+            (("4 Draw", (("Sampler", "Sample", "Decode", "Result"), ("Compare",))),),
+        ),
+        sizes={NOTE: (600, 220), "Result": (270, 340), "Compare": (440, 560)},
+        shown=("Style", "Style", "Result"),
+    ),
 ]
 
 

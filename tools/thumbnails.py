@@ -19,7 +19,7 @@ def run(server: Server, template: Template, prompt: dict) -> dict[str, Path]:
     """Runs the graph as it is shipped and keeps the pictures named in `template.shown`; path by title."""
     prompt = json.loads(json.dumps(prompt))
     keys = {node["_meta"]["title"]: key for key, node in prompt.items()}
-    for title in template.shown[:2]:
+    for title in dict.fromkeys(template.shown[:2]):
         prompt[f"shown {title}"] = {"class_type": "PreviewImage", "inputs": {"images": [keys[title], 0]}, "_meta": {"title": title}}
         keys[title] = f"shown {title}"
     result = server.run(prompt)
@@ -34,7 +34,10 @@ def compose(template: Template, pictures: list[Image.Image]) -> Image.Image:
     """(content, style, result) as one square picture."""
     content, style, result = pictures
     sheet = ImageOps.fit(result.convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS, centering=(template.centre, 0.5))
-    for number, (picture, centre) in enumerate(((content, template.centre), (style, 0.5))):
+    insets = [(content, template.centre), (style, 0.5)]
+    if template.shown and template.shown[0] == template.shown[1]:  # nothing but a style went in
+        insets = insets[1:]
+    for number, (picture, centre) in enumerate(insets):
         square = ImageOps.fit(picture.convert("RGB"), (INSET, INSET), Image.Resampling.LANCZOS, centering=(centre, 0.5))
         inset = ImageOps.expand(square, EDGE, "white")
         sheet.paste(inset, (EDGE * 2 + number * (INSET + 3 * EDGE), SIZE - INSET - 4 * EDGE))
@@ -67,7 +70,8 @@ def write(template: Template, drawn: tuple[str, str, int] | None = None) -> None
 
     With `drawn`: that of the templates with this choice of pictures.
     """
-    pictures = [Image.open(io.BytesIO((RESULTS / template.api / f"{i}.png").read_bytes())) for i in range(3)]
+    numbers = [template.shown.index(title) for title in template.shown]
+    pictures = [Image.open(io.BytesIO((RESULTS / template.api / f"{number}.png").read_bytes())) for number in numbers]
     sheet = compose(template, pictures)
     for sister in TEMPLATES:
         if drawn:
