@@ -49,6 +49,7 @@ def art_fid_package(monkeypatch):
     for name in ("art_fid", "lpips", "torchvision"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"needs {name}")
+    importlib.import_module("torchvision")  # looks for the real scikit-learn when first imported
     if importlib.util.find_spec("sklearn") is None:
         stub = types.ModuleType("sklearn.linear_model")
         stub.LinearRegression = None
