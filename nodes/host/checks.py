@@ -28,11 +28,14 @@ REMAKE = "Make it again with DDIM Inversion."
 def checked(execute: Callable) -> Callable:
     """A node's `execute` that looks at all inputs of its schema first; ValueError names the one that is wrong."""
     names = list(inspect.signature(execute).parameters)[1:]
+    inputs: list[Any] = []  # asked for once: some schemas list folders
 
     @functools.wraps(execute)
     def checking(cls: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args)), **kwargs}
-        for part in cls.define_schema().inputs:
+        if not inputs:
+            inputs.extend(cls.define_schema().inputs)
+        for part in inputs:
             value = given.get(part.id)
             if value is not None:
                 check_input(part, value)

@@ -119,3 +119,24 @@ def test_a_damaged_lora_file_is_told(tmp_path, monkeypatch, content, message):
         style_entry("style.safetensors", start_percent=0.0, end_percent=1.0)
     with pytest.raises(ValueError, match="lora_name: 'missing' is not in models/loras"):
         style_entry("missing", start_percent=0.0, end_percent=1.0)
+
+
+def test_a_schema_is_asked_for_once():
+    """Some list folders, and a node runs often."""
+    asked = []
+
+    class Node:
+        @classmethod
+        def define_schema(cls):
+            asked.append(cls)
+            return io.Schema(node_id="Asked", inputs=[io.Float.Input("share", min=0.0, max=1.0)], outputs=[])
+
+        @classmethod
+        @checks.checked
+        def execute(cls, share):
+            return share
+
+    assert [Node.execute(0.5), type("Copy", (Node,), {}).execute(share=1.0)] == [0.5, 1.0]  # core runs a copy of the class
+    with pytest.raises(ValueError, match="share"):
+        Node.execute(2.0)
+    assert len(asked) == 1

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import comfy.sample
 import comfy.samplers
-import folder_paths
 import pytest
 import safetensors.torch
 import torch
@@ -18,20 +17,9 @@ from pastiche.nodes.host.networks.families import find_adapter
 from pastiche.nodes.host.networks.unconditional import load_unconditional, make_sampling
 from pastiche.nodes.host.networks.unconditional_folders import Listing, list_folders
 
-from support.unconditional import COMMON, SCHEDULER, SHAPES, make_network, write_folder
+from support.unconditional import COMMON, SCHEDULER, SHAPES, make_network, noise, root, write_folder  # noqa: F401  (a fixture)
 
 diffusers = pytest.importorskip("diffusers")
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    """An empty models/diffusers of this test alone."""
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(tmp_path)], ["folder"]))
-    return tmp_path
-
-
-def noise(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def sample(model, conditioning, x, sigmas, sampler="euler"):

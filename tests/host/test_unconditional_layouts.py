@@ -4,7 +4,6 @@ import copy
 import os
 import zipfile
 
-import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,22 +18,11 @@ from pastiche.nodes.host.networks.unconditional_folders import find_folder
 from pastiche.nodes.host.trajectories.inversion import invert
 from support.published_unets import PLANS, draw, predict
 from support.sampling import sample, schedule
-from support.unconditional import TRAINED
+from support.unconditional import TRAINED, noise, root  # noqa: F401  (a fixture)
 
 ORDERS = unconditional_layouts.ORDERS
 READINGS = {"iddpm": Reading(betas="linear", timesteps=1000), "one level": Reading(betas="linear", timesteps=1000),
             "adm, other order": Reading(heads="32 channels each", attention_order=ORDERS[2])}
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    """An empty models/diffusers of this test alone."""
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(tmp_path)], ["folder"]))
-    return tmp_path
-
-
-def noise(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def exact(model, x, t, **options):

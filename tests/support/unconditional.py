@@ -3,9 +3,24 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 TRAINED = Path(__file__).resolve().parents[1] / "assets" / "ddpm_blobs"
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty models/diffusers of this test alone."""
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(tmp_path)], ["folder"]))
+    return tmp_path
+
+
+def noise(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
 
 SHAPES = {
     # google/ddpm-celebahq-256, -church-256 and -bedroom-256 share this layout (there with 128..512 channels)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import comfy.patcher_extension
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .unconditional_layouts import GROUPS, Layer, Layout
+from .unconditional_pixels import PixelUNet
 
 
-class FlatUNet(nn.Module):
+class FlatUNet(PixelUNet):
     """Encoder blocks, a middle, decoder blocks that take one skip each: numbered as in the ADM layout.
 
     Fires DIFFUSION_MODEL wrappers and the patches `input_block_patch`, `middle_block_after_patch` (h-space) and
@@ -37,18 +36,12 @@ class FlatUNet(nn.Module):
         return self.layout.middle[-1].width_out
 
     @property
-    def multiple(self) -> int:
-        """Width and height must be multiples of it."""
-        return 2 ** (self.layout.levels - 1)
+    def levels(self) -> int:
+        return self.layout.levels
 
-    def forward(self, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):
-        return comfy.patcher_extension.WrapperExecutor.new_class_executor(
-            self._forward,
-            self,
-            comfy.patcher_extension.get_all_wrappers(
-                comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options
-            ),
-        ).execute(x, timesteps, context, y, control, transformer_options, **kwargs)
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return len(self.inputs), len(self.outputs)
 
     def _forward(self, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):
         """x: (B, 3, H, W) in the model's own scale; timesteps: (B,), indices of the schedule. Returns eps, (B, 3, H, W)."""
@@ -80,16 +73,6 @@ class FlatUNet(nn.Module):
                 h, skip = patch(h, skip, transformer_options)
             h = _run(block, torch.cat([h, skip], dim=1), emb)
         return self.conv_out(F.silu(self.norm_out(h)))[:, :3]
-
-    def _check(self, x: Tensor, control: Any) -> None:
-        height, width = x.shape[-2:]
-        if height % self.multiple or width % self.multiple:
-            raise ValueError(
-                f"This model needs a width and height that are multiples of {self.multiple}, got {width}x{height}. "
-                "Scale the image first, best to the size that the model was trained on."
-            )
-        if control is not None:
-            raise ValueError("ControlNet does not fit an unconditional pixel model: remove it from the conditioning.")
 
 
 class Convolution(nn.Module):

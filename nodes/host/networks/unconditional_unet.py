@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.patcher_extension
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from .unconditional_flat import FlatUNet
+from .unconditional_pixels import PixelUNet
 from .unet import UNet
 
 
-class UnconditionalUNet(nn.Module):
+class UnconditionalUNet(PixelUNet):
     """Runs a diffusers `UNet2DModel` as ComfyUI runs its own U-Nets.
 
     Fires DIFFUSION_MODEL wrappers and the patches `input_block_patch`, `middle_block_after_patch` (h-space) and
@@ -26,14 +25,22 @@ class UnconditionalUNet(nn.Module):
         self.network = network
         self.dtype = dtype
 
-    def forward(self, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):
-        return comfy.patcher_extension.WrapperExecutor.new_class_executor(
-            self._forward,
-            self,
-            comfy.patcher_extension.get_all_wrappers(
-                comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options
-            ),
-        ).execute(x, timesteps, context, y, control, transformer_options, **kwargs)
+    @property
+    def levels(self) -> int:
+        return len(self.network.down_blocks)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return self.levels + 1, self.levels
+
+    @property
+    def h_channels(self) -> int:
+        return self.network.config.block_out_channels[-1]
+
+    @property
+    def trained_size(self) -> str:
+        size = self.network.config.sample_size
+        return f"to {size}" if size else super().trained_size
 
     def _forward(self, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):
         """x: (B, 3, H, W) in the model's own scale; timesteps: (B,). Returns the prediction, (B, 3, H, W)."""
@@ -68,36 +75,21 @@ class UnconditionalUNet(nn.Module):
             h = block(h, tuple(taken), emb)
         return network.conv_out(network.conv_act(network.conv_norm_out(h)))
 
-    def _check(self, x: torch.Tensor, control: Any) -> None:
-        multiple = 2 ** (len(self.network.down_blocks) - 1)
-        height, width = x.shape[-2:]
-        if height % multiple or width % multiple:
-            raise ValueError(
-                f"This model needs a width and height that are multiples of {multiple}, got {width}x{height}. "
-                f"Scale the image first, best to {self.network.config.sample_size or 'the training size'}."
-            )
-        if control is not None:
-            raise ValueError("ControlNet does not fit an unconditional pixel model: remove it from the conditioning.")
-
 
 def adapt_unconditional(model: ModelPatcher) -> UNet | None:
     """The adapter of an unconditional network, of which only h_space can be captured; None for other networks."""
     network = model.model.diffusion_model
-    if isinstance(network, FlatUNet):
-        levels, blocks, h_channels = network.layout.levels, len(network.inputs), network.h_channels
-    elif isinstance(network, UnconditionalUNet):
-        levels = len(network.network.down_blocks)
-        blocks, h_channels = levels + 1, network.network.config.block_out_channels[-1]
-    else:
+    if not isinstance(network, PixelUNet):
         return None
+    inputs, outputs = network.blocks
     return UNet(
         model=model.model,
         family="Unconditional DDPM",
         attention={},
         residual={},
-        scale={("middle", 0): levels - 1},
-        counts={"input": blocks, "middle": 1, "output": blocks if isinstance(network, FlatUNet) else levels},
-        h_channels=h_channels,
+        scale={("middle", 0): network.levels - 1},
+        counts={"input": inputs, "middle": 1, "output": outputs},
+        h_channels=network.h_channels,
         context_dim=None,
     )
 
