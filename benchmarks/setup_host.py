@@ -7,27 +7,16 @@ BENCHMARK_DEVICE=cuda uses the GPU; otherwise everything runs on the CPU.
 import os
 import platform
 import sys
-import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def prepare() -> None:
-    comfyui = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".environment" / "ComfyUI")
-    if not (comfyui / "comfy" / "sd.py").is_file():
-        raise SystemExit("Set COMFYUI_PATH to a ComfyUI folder, or run tools/test.py once.")
-    package = types.ModuleType("pastiche")
-    package.__path__ = [str(ROOT)]
-    sys.modules["pastiche"] = package
-    sys.path[:0] = [str(comfyui), str(ROOT / "tools" / "host" / "torchvision_fix"), str(ROOT / "tests")]
-    import torchvision_fix
+    sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+    from host.imports import make_importable
 
-    torchvision_fix.install()
-    from comfy.cli_args import args
-
-    args.cpu = os.environ.get("BENCHMARK_DEVICE", "cpu") == "cpu"
-    args.use_pytorch_cross_attention = True
+    make_importable(cpu=os.environ.get("BENCHMARK_DEVICE", "cpu") == "cpu")
 
 
 def hardware() -> str:

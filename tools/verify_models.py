@@ -13,12 +13,9 @@ there was nothing to check. Needs ComfyUI (COMFYUI_PATH, else .environment/Comfy
 
 import argparse
 import hashlib
-import os
 import sys
-import types
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = {(0.33, 0.5): "FastSAM-s", (1.0, 1.25): "FastSAM-x"}
 
 
@@ -51,19 +48,9 @@ def prepare(device: str) -> None:
     """ComfyUI and the pack (as `pastiche`) importable, unless they are."""
     if "pastiche" in sys.modules:
         return
-    comfyui = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".environment" / "ComfyUI")
-    if not (comfyui / "comfy" / "sd.py").is_file():
-        raise SystemExit("Set COMFYUI_PATH to a ComfyUI folder, or run tools/test.py once.")
-    package = types.ModuleType("pastiche")
-    package.__path__ = [str(ROOT)]
-    sys.modules["pastiche"] = package
-    sys.path[:0] = [str(comfyui), str(ROOT / "tools" / "host" / "torchvision_fix")]
-    import torchvision_fix
+    from host.imports import make_importable
 
-    torchvision_fix.install()
-    from comfy.cli_args import args
-
-    args.cpu = device == "cpu"
+    make_importable(cpu=device == "cpu")
 
 
 def models_in(path: Path) -> list[Path]:
