@@ -5,7 +5,7 @@ from __future__ import annotations
 from .algorithms.references import SCHEDULES
 from .host.checks import checked
 from .host.compatibility import io
-from .host.trajectories.latent_adain import latent_adain, noise_adain
+from .host.trajectories.latent_adain import EACH, STATISTICS, latent_adain, noise_adain
 from .host.trajectories.noise import latent_output, no_output
 from .host.injections.style import inject_style
 from .sockets import FeaturesSocket
@@ -43,6 +43,11 @@ class LatentAdaIN(io.ComfyNode):
                     "epsilon", default=0.0, min=0.0, max=1.0, step=1e-6, round=1e-8, optional=True, advanced=True,
                     tooltip="Added to the content's deviations before dividing by them, in the latents' own units: StyleID's diffusers code does.",
                 ),
+                io.Combo.Input(
+                    "statistics", options=list(STATISTICS), default=EACH, optional=True, advanced=True,
+                    tooltip="each: every picture of the batch has its own. batch: one mean and deviation for all of them, so that the "
+                    "frames of a film keep their differences and do not flicker.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The sampler's latent_image for StyleID."),
@@ -52,11 +57,13 @@ class LatentAdaIN(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, content, style, strength=1.0, content_mask=None, style_mask=None, epsilon=0.0) -> io.NodeOutput:
+    def execute(
+        cls, content, style, strength=1.0, content_mask=None, style_mask=None, epsilon=0.0, statistics=EACH
+    ) -> io.NodeOutput:
         if isinstance(content, dict) and isinstance(style, dict):
             missing = no_output("There is no NOISE where content and style are latents: connect DDIM Inversion's NOISE to both.")
-            return io.NodeOutput(latent_adain(content, style, strength, content_mask, style_mask, epsilon), missing)
-        noise = noise_adain(content, style, strength, content_mask, style_mask, epsilon)
+            return io.NodeOutput(latent_adain(content, style, strength, content_mask, style_mask, epsilon, statistics), missing)
+        noise = noise_adain(content, style, strength, content_mask, style_mask, epsilon, statistics)
         return io.NodeOutput(latent_output(noise, {"samples": noise.as_latent()}), noise)
 
 

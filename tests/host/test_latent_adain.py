@@ -68,3 +68,48 @@ def test_a_video_is_one_picture_of_all_its_frames():
     half = torch.tensor([1.0, 0.0]).view(1, 2, 1).expand(1, 2, 9)  # the upper row of every frame
     out = latent_adain(*frames, 1.0, half, None)["samples"]
     assert torch.equal(out[..., 1, :], frames[0]["samples"][..., 1, :]) and not torch.equal(out, frames[0]["samples"])
+
+
+def test_shared_statistics_are_one_mean_and_deviation_over_all_frames():
+    content, style = ({"samples": latent["samples"].double()} for latent in latents(3, 2))
+    out = latent_adain(content, style, 1.0, None, None, statistics="batch")["samples"]
+    x, y = content["samples"], style["samples"]
+    over = (0, 2, 3)
+    scale = y.std(over, keepdim=True) / x.std(over, keepdim=True)
+    expected = scale * (x - x.mean(over, keepdim=True)) + y.mean(over, keepdim=True)
+    assert out.dtype == torch.float64 and torch.allclose(out, expected, rtol=0, atol=1e-12)
+    differences = scale * (x[1:] - x[:-1])  # what moves between frames is scaled, never shifted
+    assert torch.allclose(out[1:] - out[:-1], differences, rtol=0, atol=1e-12)
+    alone = latent_adain({"samples": x[:1]}, style, 1.0, None, None, statistics="batch")["samples"]
+    assert not torch.allclose(out[:1], alone)
+
+
+def test_shared_statistics_of_videos_are_over_frames_and_batch():
+    video = random_latent(6, 9, 2).double().reshape(2, 4, 3, 2, 9)
+    style = {"samples": 3 * random_latent(8, 5, 1, seed=1).double() - 1}
+    out = latent_adain({"samples": video}, style, 0.7, None, None, statistics="batch")["samples"]
+    over = (0, 2, 3, 4)
+    mean, std = style["samples"].mean((2, 3)).view(1, 4, 1, 1, 1), style["samples"].std((2, 3)).view(1, 4, 1, 1, 1)
+    expected = std * (video - video.mean(over, keepdim=True)) / video.std(over, keepdim=True) + mean
+    assert torch.allclose(out, torch.lerp(video, expected, 0.7), rtol=0, atol=1e-12)
+
+
+def test_shared_statistics_come_from_each_frames_own_mask():
+    content, style = ({"samples": latent["samples"].double()} for latent in latents(2, 1))
+    masks = torch.zeros(2, 6, 9)
+    masks[0, :, :4], masks[1, 2:] = 1, 1
+    out = latent_adain(content, style, 1.0, masks, torch.ones(1, 8, 5), statistics="batch")["samples"]
+    x = content["samples"]
+    inside = torch.cat([x[0, :, :, :4].flatten(1), x[1, :, 2:].flatten(1)], 1)  # (C, pixels)
+    y = style["samples"][0].flatten(1)
+    expected = (y.std(1) / inside.std(1)).view(4, 1, 1) * (x[1] - inside.mean(1).view(4, 1, 1)) + y.mean(1).view(4, 1, 1)
+    assert torch.allclose(out[1, :, 2:], expected[:, 2:], rtol=0, atol=1e-12)
+    assert torch.equal(out[0, :, :, 4:], x[0, :, :, 4:]) and torch.equal(out[1, :, :2], x[1, :, :2])
+
+
+def test_one_picture_shares_with_nobody_and_unknown_statistics_are_refused():
+    content, style = latents(1, 1)
+    shared, each = (latent_adain(content, style, 0.4, None, None, statistics=how)["samples"] for how in ("batch", "each"))
+    assert torch.equal(shared, each)
+    with pytest.raises(ValueError, match="statistics: got .film., choose among each, batch"):
+        latent_adain(content, style, 1.0, None, None, statistics="film")

@@ -9,10 +9,12 @@ from ...algorithms.styleid import adain, blend
 from .inversion import check_latent
 from .noise import InvertedNoise
 
+EACH, BATCH = STATISTICS = ("each", "batch")
+
 
 def noise_adain(
     content: InvertedNoise, style: InvertedNoise, strength: float, content_mask: torch.Tensor | None, style_mask: torch.Tensor | None,
-    epsilon: float = 0.0,
+    epsilon: float = 0.0, statistics: str = EACH,
 ) -> InvertedNoise:
     """`latent_adain` of two inversions' NOISE, in the model's own latent space."""
     for name, noise in (("content", content), ("style", style)):
@@ -21,19 +23,20 @@ def noise_adain(
                 f"{name}: expected DDIM Inversion's NOISE on both content and style, or its noise latent on both; "
                 f"got {type(noise).__name__}."
             )
-    styled = latent_adain({"samples": content.latent}, {"samples": style.latent}, strength, content_mask, style_mask, epsilon)
+    styled = latent_adain({"samples": content.latent}, {"samples": style.latent}, strength, content_mask, style_mask, epsilon, statistics)
     return InvertedNoise(content.model, content.sigmas, styled["samples"])
 
 
 def latent_adain(
     content: dict, style: dict, strength: float, content_mask: torch.Tensor | None, style_mask: torch.Tensor | None,
-    epsilon: float = 0.0,
+    epsilon: float = 0.0, statistics: str = EACH,
 ) -> dict:
     """Content LATENT with the style LATENT's channel statistics (StyleID eq. 7).
 
     Masks (B or 1, H, W) of any size choose what the statistics are taken from; the content's mask also limits
     what changes, softly. strength blends, 0..1. epsilon is added to the content's deviations. A video's statistics are over all its frames.
-    Raises ValueError for unlike channels or batches.
+    statistics: "each" picture's own, or those of the whole "batch", one mean and deviation a channel for all contents and for all
+    styles, so that the frames of a film move together; any number of styles then. Raises ValueError for unlike channels or batches.
     """
     target, reference = check_latent(content, "content"), check_latent(style, "style").to(content["samples"])
     if target.shape[1] != reference.shape[1]:
@@ -41,19 +44,36 @@ def latent_adain(
             f"style: {reference.shape[1]} latent channels, the content has {target.shape[1]}. "
             "Encode and invert both with the same model and VAE."
         )
-    if reference.shape[0] not in (1, target.shape[0]):
+    if statistics not in STATISTICS:
+        raise ValueError(f'statistics: got "{statistics}", choose among {", ".join(STATISTICS)}.')
+    if statistics == EACH and reference.shape[0] not in (1, target.shape[0]):
         raise ValueError(
-            f"style: {reference.shape[0]} latents for {target.shape[0]} contents; connect one style, or one for each."
+            f"style: {reference.shape[0]} latents for {target.shape[0]} contents; connect one style, or one for each, "
+            f"or set statistics to {BATCH}."
         )
     if strength == 0:
         return content
     weights = {name: _latent_mask(mask, name, latent) for name, mask, latent in
                (("content_mask", content_mask, target), ("style_mask", style_mask, reference))}
-    flat, weight = _as_picture(target), strength
-    styled = adain(flat.float(), _as_picture(reference).float(), weights["content_mask"], weights["style_mask"], epsilon=epsilon).to(target)
+    flat, style_pictures, weight = _as_picture(target), _as_picture(reference), strength
+    lay = _below if statistics == BATCH else lambda pictures, count=1: pictures
+    precision = torch.promote_types(target.dtype, torch.float32)
+    styled = adain(
+        lay(flat).to(precision), lay(style_pictures).to(precision),
+        lay(weights["content_mask"], len(flat)), lay(weights["style_mask"], len(style_pictures)), epsilon=epsilon,
+    ).to(target)
+    if statistics == BATCH:
+        styled = styled[0].unflatten(1, (len(flat), flat.shape[2])).movedim(1, 0)  # 1C(BH)W -> BCHW
     if content_mask is not None:
         weight = strength * weights["content_mask"].to(target)
     return content | {"samples": blend(flat, styled, weight).reshape(target.shape)}
+
+
+def _below(pictures: torch.Tensor | None, count: int = -1) -> torch.Tensor | None:
+    """BCHW -> 1C(BH)W: a batch as one picture, below each other; with `count` a single one is that many alike."""
+    if pictures is None:
+        return None
+    return pictures.expand(count, -1, -1, -1).movedim(0, 1).flatten(1, 2).unsqueeze(0)
 
 
 def _as_picture(latent: torch.Tensor) -> torch.Tensor:
