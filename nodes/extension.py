@@ -13,6 +13,7 @@ from .host.features.library import register_folder
 from .host.files import remove_partial_files
 from .injectfusion import HSpaceSlerp, InjectFusionSampler
 from .inversion import DDIMInversion, DDIMSampler, InversionReport, MidpointSampler
+from .library import ManageStyles, SaveStyleLoRA, StyleLibrary
 from .mini import LoadMini
 from .samples import SamplePicture
 from .multistyle import MultiStyleGuiderNode, StyleEntryNode
@@ -40,6 +41,9 @@ class PasticheExtension(ComfyExtension):
             CaptureFeatures,
             SaveFeatures,
             LoadFeatures,
+            StyleLibrary,
+            SaveStyleLoRA,
+            ManageStyles,
             StyleInjection,
             StyleReference,
             FeaturePCA,

@@ -75,15 +75,20 @@ class SaveFeatures(io.ComfyNode):
             inputs=[
                 FeaturesSocket.Input("features", tooltip="From Capture Features. In recompute mode only the small trajectory is written."),
                 io.String.Input("filename_prefix", default="style", tooltip="File name; may name a subfolder."),
+                io.Image.Input(
+                    "picture", optional=True,
+                    tooltip="Shown small in the Style Library; left out, a coarse picture is made of the latent.",
+                ),
+                io.String.Input("notes", default="", optional=True, advanced=True, tooltip="Kept in the file and shown in the Style Library."),
             ],
             outputs=[io.String.Output(display_name="file", tooltip="The file's name, for Load Features.")],
         )
 
     @classmethod
     @checked
-    def execute(cls, features, filename_prefix="style") -> io.NodeOutput:
-        path = save_bank(features, filename_prefix)
-        return io.NodeOutput(saved_name(path), ui={"text": [f"{saved_name(path)}: {readable_size(path.stat().st_size)}"]})
+    def execute(cls, features, filename_prefix="style", picture=None, notes="") -> io.NodeOutput:
+        path = save_bank(features, filename_prefix, picture, notes)
+        return io.NodeOutput(saved_name(path), ui={"text": [f"{saved_name(path)}: {readable_size(path.stat().st_size)}"], "pastiche_saved": [True]})
 
 
 class LoadFeatures(io.ComfyNode):

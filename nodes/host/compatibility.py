@@ -7,7 +7,7 @@ from typing import Any, Callable
 
 from comfy_api.latest import io as host_io
 
-SHOWN = {"advanced", "search_aliases"}  # schema keywords that only say where something is shown or found
+SHOWN = {"advanced", "search_aliases", "is_dev_only"}  # schema keywords that only say where something is shown or found
 SOCKETS = {"BoundingBox": "BOUNDING_BOX", "BoundingBoxes": "BOUNDING_BOXES"}  # classes that came late, and their types' names
 
 
@@ -55,7 +55,7 @@ class CompletedIO:
 def completed(io: Any) -> Any:
     """`io` itself where it lacks nothing, else a CompletedIO of it."""
     missing = [name for name in (*SOCKETS, "ControlAfterGenerate") if not hasattr(io, name)]
-    unknown = _unknown(io.Schema) - {"advanced"} | _unknown(io.Float.Input) - {"search_aliases"}
+    unknown = _unknown(io.Schema) - {"advanced"} | _unknown(io.Float.Input) - {"search_aliases", "is_dev_only"}
     return CompletedIO(io) if missing or unknown else io
 
 

@@ -34,6 +34,13 @@ def hint(node_id: str | None, title: str, text: str) -> None:
         server.send_sync(HINT, {"node": node_id, "title": title, "text": text}, server.client_id)
 
 
+def say_to_page(event: str, detail: dict[str, Any]) -> None:
+    """A WebSocket event for the front end of who queued the prompt; nothing without ComfyUI's server."""
+    server = _server()
+    if server is not None:
+        server.send_sync(event, detail, server.client_id)
+
+
 def _server() -> Any:
     """The running PromptServer. ComfyUI has no public call for these messages."""
     module = sys.modules.get("server")  # absent when nodes run without ComfyUI's server

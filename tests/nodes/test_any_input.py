@@ -20,6 +20,8 @@ FEW = {"PasticheTrainStyleLoRA": 6, "PasticheMultiStyleGuider": 10, "PasticheInj
 @pytest.fixture(scope="module", autouse=True)
 def files():
     anything.register_files()
+    yield
+    anything.forget_limit()
 
 
 @pytest.mark.parametrize("name", NODES)

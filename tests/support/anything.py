@@ -329,3 +329,10 @@ def register_files() -> None:
     (folder / "page.safetensors").write_bytes(b"<!DOCTYPE html><html>" + b" " * 200)
     (folder / "empty.safetensors").write_bytes(b"")
     folder_paths.filename_list_cache.pop(FOLDER, None)
+
+
+def forget_limit() -> None:
+    """Manage Style Library may have set one, which other tests' saving would meet."""
+    from pastiche.nodes.host.features.shelf import set_size_limit
+
+    set_size_limit(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from math import prod
 from pathlib import Path
 
 import comfy.model_management
@@ -17,14 +18,13 @@ from ...sockets import STREAMS, FeatureBank, FeatureKey, Fingerprint, Trajectory
 from ..checks import check_conditioning, check_trajectory
 from ..files import register_models_folder
 from ..networks.families import find_adapter
-from ..networks.fingerprint import fingerprint, require_same_model
+from ..networks.fingerprint import fingerprint, model_name, require_same_model
 from ..networks.marks import require_plain
 from .capture import feature_shapes, record, require_even, storage_dtype
+from .shelf import FOLDER, FORMAT, LORAS, VERSION, require_room
 from .stores import FileStore, FileWriter, MemoryStore
+from .style_notes import latent_thumbnail, named_model, style_notes, thumbnail
 
-FORMAT = "pastiche-features"
-VERSION = "1"
-FOLDER = "pastiche_features"
 TRAJECTORY = ("trajectory.sigmas", "trajectory.latents")
 CONTEXT, POOLED = "conditioning.context", "conditioning.pooled_output"
 
@@ -33,20 +33,22 @@ def register_folder() -> None:
     """Makes models/pastiche_features and output/pastiche_features known to ComfyUI, .safetensors only."""
     roots = (folder_paths.models_dir, folder_paths.get_output_directory())
     register_models_folder(FOLDER, {".safetensors"}, *(os.path.join(root, FOLDER) for root in roots))
+    folder_paths.add_model_folder_path(LORAS, os.path.join(folder_paths.get_output_directory(), LORAS))  # as core's own start does
 
 
 def list_files() -> list[str]:
     return folder_paths.get_filename_list(FOLDER) if FOLDER in folder_paths.folder_names_and_paths else []
 
 
-def save_bank(bank: FeatureBank, filename_prefix: str) -> Path:
+def save_bank(bank: FeatureBank, filename_prefix: str, picture: torch.Tensor | None = None, notes: str = "") -> Path:
     """Writes a bank, its trajectory and its conditioning into output/pastiche_features; returns the file.
 
-    A `recompute` bank is written with its trajectory alone and needs a MODEL when loaded.
+    A `recompute` bank is written with its trajectory alone and needs a MODEL when loaded. picture: IMAGE for the thumbnail,
+    else a coarse one is made of the clean latent.
     Raises ValueError for a name outside that folder (core's own check) or that no file can have, for conditioning beyond
-    a prompt, and where the file cannot be written.
+    a prompt, where the style library's limit leaves no room, and where the file cannot be written.
     """
-    path = _free_path(filename_prefix)
+    path = free_path(filename_prefix, Path(folder_paths.get_output_directory()) / FOLDER, FOLDER)
     trajectory = bank.trajectory
     context, extra = trajectory.conditioning[0]
     unsaved = [name for name, value in extra.items() if name != "pooled_output" and value is not None]
@@ -76,6 +78,9 @@ def save_bank(bank: FeatureBank, filename_prefix: str) -> Path:
         "latent_size": json.dumps(list(trajectory.latents.shape[-2:])),
         "batch": str(trajectory.batch),
     }
+    cover = latent_thumbnail(bank.model, trajectory.latents[0]) if picture is None else thumbnail(picture)
+    metadata |= style_notes(bank.model, cover, _settings(bank), notes)
+    require_room(sum(prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()))
     try:
         writer = FileWriter(path, shapes, dtypes, metadata)
         try:
@@ -99,19 +104,36 @@ def saved_name(path: Path) -> str:
     return os.path.relpath(path, os.path.join(folder_paths.get_output_directory(), FOLDER))
 
 
-def _free_path(filename_prefix: str) -> Path:
-    """A numbered file in output/pastiche_features whose name no listed folder has yet, as Load Features takes the first it finds."""
-    root, shown = os.path.join(folder_paths.get_output_directory(), FOLDER), ascii(filename_prefix[:60])
+def _settings(bank: FeatureBank) -> dict[str, str]:
+    """What a style was made with, for its reader."""
+    trajectory = bank.trajectory
+    layers = sorted({f"{key.block} {key.number}" for key in bank.keys}, key=lambda layer: (layer.split()[0], int(layer.split()[1])))
+    return {
+        "scheme": trajectory.scheme,
+        "steps": str(trajectory.steps),
+        "latent": "x".join(map(str, trajectory.latents.shape[-2:])),
+        "pictures": str(trajectory.batch),
+        "streams": ", ".join(sorted({key.stream for key in bank.keys})),
+        "layers": ", ".join(layers),
+    }
+
+
+def free_path(filename_prefix: str, root: Path, listed_as: str, listed_root: Path | None = None) -> Path:
+    """A numbered file in `root` whose name no folder that ComfyUI lists as `listed_as` has yet, as loaders take the first they find.
+
+    listed_root: the listed folder that `root` lies in, where it is not `root` itself.
+    """
+    shown = ascii(filename_prefix[:60])
     if not filename_prefix.strip("./\\ "):
         raise ValueError(f'filename_prefix: got {shown}; give a name, for example "style" or "paintings/style".')
     try:
         os.makedirs(root, exist_ok=True)
-        folder, name, counter, *_ = folder_paths.get_save_image_path(os.path.normpath(filename_prefix), root)
+        folder, name, counter, *_ = folder_paths.get_save_image_path(os.path.normpath(filename_prefix), os.fspath(root))
         while True:
             path = Path(folder) / f"{name}_{counter:05}_.safetensors"
             with contextlib.suppress(FileNotFoundError):
                 os.lstat(path)  # a name too long or not allowed: now, not when the work is done
-            if not os.path.lexists(path) and _listed(saved_name(path)) is None:
+            if not os.path.lexists(path) and _listed(os.path.relpath(path, listed_root or root), listed_as) is None:
                 return path
             counter += 1
     except (OSError, ValueError) as error:
@@ -120,10 +142,10 @@ def _free_path(filename_prefix: str) -> Path:
         raise ValueError(f"filename_prefix: {shown} leaves ComfyUI's output folder; give a plain name.") from error
 
 
-def _listed(name: str) -> str | None:
+def _listed(name: str, folder: str = FOLDER) -> str | None:
     """Full path of a file in the listed folders; None for names that are not there, or cannot be."""
     try:
-        return folder_paths.get_full_path(FOLDER, name) if FOLDER in folder_paths.folder_names_and_paths else None
+        return folder_paths.get_full_path(folder, name) if folder in folder_paths.folder_names_and_paths else None
     except (OSError, ValueError):
         return None
 
@@ -153,7 +175,8 @@ def load_bank(name: str, memory: str, model: ModelPatcher) -> FeatureBank:
         shapes = {key: _read_shape(store, key, trajectory) for key in keys} if stored else {}
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise ValueError(f'file: "{name}" is damaged: {error}. Save the features again.') from error
-    require_same_model(fingerprint(model), trajectory.fingerprint, f'The features in "{name}"')
+    names = str(model_name(model)), str(named_model(about))
+    require_same_model(fingerprint(model), trajectory.fingerprint, f'The features in "{name}"', *names)
     if memory == "recompute" or not stored:
         return _recomputed(trajectory, keys, memory, model)
     if memory == "disk":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+import os
+from typing import Any, NamedTuple
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -11,6 +12,24 @@ from comfy.model_patcher import ModelPatcher
 from ...sockets import Fingerprint
 
 SAMPLES = 8  # values read of each tensor: enough to tell any two trained models apart, cheap on any device
+
+
+class ModelName(NamedTuple):
+    """A MODEL in words: `name` is its file's, "" where the loader does not tell; `family` ComfyUI's name of its kind."""
+
+    name: str
+    family: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.family})" if self.name and self.family else self.name or self.family
+
+
+def model_name(model: ModelPatcher) -> ModelName:
+    """The file that a MODEL was loaded from, as far as core's loaders leave it on the patcher, and its kind, such as SDXL."""
+    family = type(getattr(model.model, "model_config", None)).__name__.removesuffix("Config")
+    again = getattr(model, "cached_patcher_init", None)  # (loader, its arguments, ...), the path is the first
+    paths = [part for part in (again[1] if again else ()) if isinstance(part, (str, os.PathLike))]
+    return ModelName(os.path.basename(os.fspath(paths[0])) if paths else "", family if family not in ("", "NoneType") else type(model.model).__name__)
 
 
 def fingerprint(model: ModelPatcher) -> Fingerprint:
@@ -48,10 +67,15 @@ def _digest(digest: Any, name: str, tensor: torch.Tensor) -> None:
     digest.update(values.numpy().tobytes())
 
 
-def require_same_model(ours: Fingerprint, theirs: Fingerprint, what: str) -> None:
-    """Raises ValueError when `what` (for example "The style features") came from another checkpoint."""
+def require_same_model(ours: Fingerprint, theirs: Fingerprint, what: str, our_name: str = "", their_name: str = "") -> None:
+    """Raises ValueError when `what` (for example "The style features") came from another checkpoint; names: of both models."""
     if ours.weights != theirs.weights:
         raise ValueError(
-            f"{what} were made with another model (fingerprint {theirs.weights}, this one is {ours.weights}). "
+            f"{what} were made with another model ({_named(their_name)}fingerprint {theirs.weights}, this one is "
+            f"{_named(our_name)}{ours.weights}). "
             "Connect the same checkpoint to DDIM Inversion, Capture Features and this node; LoRAs may differ."
         )
+
+
+def _named(name: str) -> str:
+    return f"{name}, " if name else ""
