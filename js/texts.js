@@ -28,6 +28,24 @@ const CHINESE = {
   "The picture cannot be shown; run the workflow once.": "无法显示图片；请先运行一次工作流。",
   "Run, then drag here: left before, right after": "运行后在此拖动：左侧为之前，右侧为之后",
   "Use my own picture": "使用我自己的图片",
+  "only this model": "仅此模型",
+  "Refresh the list": "刷新列表",
+  "What saved styles may take altogether; empty is no limit. Saving beyond it is refused, nothing is deleted by itself.":
+    "已保存的风格总共可占用的空间；留空为不限。超出时拒绝保存，不会自动删除任何文件。",
+  "Limit (MB)": "上限 (MB)",
+  "Styles": "风格",
+  "Delete": "删除",
+  "Delete for good": "永久删除",
+  "Keep": "保留",
+  "{size} saved": "已保存 {size}",
+  "The model in hand: {model}": "当前模型：{model}",
+  "The model in hand is known after a run.": "运行一次后才能得知当前模型。",
+  "cannot be read": "无法读取",
+  "any model": "任何模型",
+  "Delete {name} ({size})? It cannot be brought back.": "删除 {name}（{size}）？无法恢复。",
+  "made with {theirs}; the model in hand is {ours}": "由 {theirs} 制作；当前模型是 {ours}",
+  "The list cannot be read: {why}": "无法读取列表：{why}",
+  "Waiting for the queue ...": "正在等待队列……",
 };
 
 /** `text` in the user's language, with {name} replaced by values[name]. */
