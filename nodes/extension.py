@@ -11,6 +11,7 @@ from .features import CaptureFeatures, LoadFeatures, SaveFeatures
 from .host.fastsam.model import register_fastsam_folder
 from .host.features.library import register_folder
 from .host.files import remove_partial_files
+from .host.trajectories.found_again import empty_with_comfyui
 from .injectfusion import HSpaceSlerp, InjectFusionSampler
 from .inversion import DDIMInversion, DDIMSampler, InversionReport, MidpointSampler
 from .library import ManageStyles, SaveStyleLoRA, StyleLibrary
@@ -30,6 +31,7 @@ class PasticheExtension(ComfyExtension):
         register_folder()
         register_fastsam_folder()
         remove_partial_files()
+        empty_with_comfyui()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -67,6 +67,7 @@ def _prepare_comfyui(path: Path) -> None:
 
     args.cpu = ON_CPU
     args.use_pytorch_cross_attention = True
+    args.cache_none = True  # every test computes for itself; test_found_again_cache.py switches on what finds results again
     base = tempfile.mkdtemp(prefix="pastiche-base-")
     atexit.register(shutil.rmtree, base, ignore_errors=True)
     for name in ("custom_nodes", "input", "models", "output", "temp", "user"):

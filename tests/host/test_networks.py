@@ -62,6 +62,17 @@ def test_a_fingerprint_knows_the_strength_of_a_lora():
     assert len({prints[0].patches, prints[1].patches, fingerprint(model).patches}) == 3
 
 
+def test_a_fingerprint_stays_while_a_clone_with_another_sampling_is_loaded():
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    model = tiny_unet()
+    before = fingerprint(model)
+    patched = ModelSamplingDiscrete().patch(model, "v_prediction", False)[0]
+    assert fingerprint(patched) == before
+    sample(patched, random_latent(), schedule(model, 1), tiny_cond(model))
+    assert fingerprint(model) == fingerprint(patched) == before
+
+
 def path(model, positive, steps):
     """(noise, the path of a sampling of it): reconstructing it is exact on any model."""
     sigmas, noise, seen = schedule(model, steps), random_latent(8, 8, seed=1), []

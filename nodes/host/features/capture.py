@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-from typing import Callable, Iterable, Sequence
+from typing import Callable, Hashable, Iterable, Sequence
 
 import comfy.model_management
+import comfy.utils
 import psutil
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -14,14 +15,17 @@ from comfy.model_patcher import ModelPatcher
 from ...sockets import FeatureBank, FeatureKey, FeatureStore, Trajectory
 from ..networks.fingerprint import fingerprint, require_same_model
 from ..networks.adapter import NetworkAdapter
+from ..networks.content import digest
 from ..networks.families import find_adapter
 from ..networks.marks import require_plain
 from ..networks.neighbours import shrinks, size_changers
+from ..trajectories.found_again import RESULTS
 from ..trajectories.inversion import noise_latent, walk_latent
 from .stores import FileStore, FileWriter, MemoryStore, Shapes, readable_size, temporary_path
 
 MEMORY = ("recompute", "ram", "vram", "disk")
 PRECISION = ("half", "full")
+
 
 def feature_shapes(adapter: NetworkAdapter, keys: Iterable[FeatureKey], trajectory: Trajectory) -> Shapes:
     """(B, ...) of each tensor of one step."""
@@ -43,8 +47,8 @@ def capture(
     """Runs the U-Net at every (latent, sigma) of a trajectory and keeps what it computed.
 
     `recompute` keeps nothing: the bank remembers the model and evaluates beside the sampling. The size of
-    the other modes is logged, and checked against what is free, before anything is computed.
-    Raises ValueError for unknown streams, layers, another model, and too little memory.
+    the other modes is logged, and checked against what is free, before anything is computed. What was captured before
+    from the same is found again (see found_again.py). Raises ValueError for unknown streams, layers, another model, and too little memory.
     """
     require_plain(model, "would be captured too")
     require_same_model(fingerprint(model), trajectory.fingerprint, "The trajectory's latents")
@@ -56,16 +60,28 @@ def capture(
             len(keys), readable_size(trajectory.latents.nbytes),
         )
         return FeatureBank(trajectory, keys, memory, None, model)
+    name = None
+    if RESULTS.limit:
+        made_of = trajectory.latents, trajectory.sigmas, trajectory.conditioning
+        name = digest("features", model, *made_of, keys, memory, storage_dtype(model, precision))
+    store = recall(name, model)
+    if store is not None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        logging.info("Pastiche: found again: %d features of each of %d steps (%s).", len(keys), trajectory.steps, memory)
+        comfy.utils.ProgressBar(trajectory.steps).update_absolute(trajectory.steps, trajectory.steps)
+        return FeatureBank(trajectory, keys, memory, store, model)
     writer = open_writer(model, keys, trajectory, memory, precision)
     try:
         record(model, trajectory, keys, writer.write)
+        store = finished(writer)
     except OSError as error:
         discard(writer)
         raise ValueError(f"memory: the disk took no more features ({error.strerror or error}). Choose ram or recompute, or make room.") from error
     except BaseException:  # Cancel included: no half-written file stays behind
         discard(writer)
         raise
-    return FeatureBank(trajectory, keys, memory, finished(writer), model)
+    keep(name, model, store)
+    return FeatureBank(trajectory, keys, memory, store, model)
 
 
 def record(
@@ -133,8 +149,35 @@ def open_writer(
     return MemoryStore(shapes, steps, dtype, torch.device("cpu") if memory == "ram" else model.load_device)
 
 
-def finished(writer: MemoryStore | FileWriter) -> FeatureStore:
-    return FileStore(writer.finish(), temporary=True) if isinstance(writer, FileWriter) else writer
+def finished(writer: MemoryStore | FileWriter) -> MemoryStore | FileStore:
+    """What was written, whole. Raises ValueError where some of it is not finite."""
+    if isinstance(writer, FileWriter):
+        return FileStore(writer.finish(), temporary=True)
+    writer.settle()
+    return writer
+
+
+def keep(key: Hashable | None, model: ModelPatcher, store: MemoryStore | FileStore) -> None:
+    """Has `recall` find a finished store, which nobody can write to from now on: itself, or a copy in RAM of what is in VRAM."""
+    if key is None or not RESULTS.takes(store.nbytes):
+        return
+    on_device = isinstance(store, MemoryStore) and store.device.type != "cpu"
+    kept = store.copied_to(torch.device("cpu"), pinned=False) if on_device else store
+    if isinstance(kept, MemoryStore):
+        kept.seal()
+    RESULTS.keep(key, model.model, (kept, on_device), kept.nbytes)
+
+
+def recall(key: Hashable | None, model: ModelPatcher) -> MemoryStore | FileStore | None:
+    """The store that was kept under a key, or a new one in VRAM with its content. Raises ValueError for too little VRAM."""
+    found = RESULTS.find(key)
+    if found is None:
+        return None
+    kept, on_device = found
+    if not on_device:
+        return kept
+    _check_room(kept.nbytes, "vram", model.load_device)
+    return kept.copied_to(model.load_device)
 
 
 def discard(writer: MemoryStore | FileWriter) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, Hashable
 
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...sockets import FeatureBank, FeatureKey, Trajectory
+from ...sockets import FeatureBank, FeatureKey, FeatureStore, Trajectory
 from ..networks.families import find_adapter
 from ..networks.neighbours import reads_whole_batch
 from ..trajectories.inversion import Witness, check_latent, invert, inverted_latent
 from ..trajectories.noise import no_output
-from .capture import discard, feature_shapes, finished, open_writer, require_shape
+from .capture import discard, feature_shapes, finished, keep, open_writer, recall, require_shape
 
 
 class OnTheWay:
@@ -28,6 +28,7 @@ class OnTheWay:
         self._settings, self._rows = (streams, layers, memory, precision), rows
         self.keys: tuple[FeatureKey, ...] = ()
         self.writer = None
+        self._store: FeatureStore | None = None  # when all is there
         self._step = 0
         self._missing: dict[int, None] = {}
 
@@ -49,6 +50,25 @@ class OnTheWay:
 
     def missing(self) -> list[int]:
         return list(self._missing)
+
+    def recall(self, key: Hashable, model: ModelPatcher) -> bool:
+        self._store = recall(self._name(key), model)
+        if self._store is not None:
+            self.keys = tuple(find_adapter(model).keys(*self._settings[:2]))
+        return self._store is not None
+
+    def keep(self, key: Hashable | None, model: ModelPatcher) -> None:
+        self._store = finished(self.writer)
+        keep(None if key is None else self._name(key), model, self._store)
+
+    def take(self) -> FeatureStore | None:
+        """What was seen, which is the caller's now: this object goes late, as it and its model know each other."""
+        store, self._store, self.writer = self._store, None, None
+        return store
+
+    def _name(self, key: Hashable) -> Hashable:
+        rows = self._rows
+        return (key, *self._settings, None if rows is None else (rows.start, rows.stop))
 
     def _emit(self, key: FeatureKey, tensor: torch.Tensor) -> None:
         if self._step:
@@ -72,6 +92,13 @@ class Several:
 
     def missing(self) -> list[int]:
         return list(dict.fromkeys(step for witness in self._witnesses for step in witness.missing()))
+
+    def recall(self, key: Hashable, model: ModelPatcher) -> bool:
+        return all(witness.recall(key, model) for witness in self._witnesses)
+
+    def keep(self, key: Hashable | None, model: ModelPatcher) -> None:
+        for witness in self._witnesses:
+            witness.keep(key, model)
 
 
 def invert_and_capture(
@@ -131,7 +158,7 @@ def _invert_batch(
         inverted = [(inverted_latent(model, latent, part), part) for latent, part in zip(latents, parts)]
     if witnesses:
         banks = [
-            FeatureBank(trajectory, witness.keys, memory, finished(witness.writer), model)
+            FeatureBank(trajectory, witness.keys, memory, witness.take(), model)
             for (_, trajectory), witness in zip(inverted, witnesses)
         ]
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import threading
@@ -39,32 +40,72 @@ class MemoryStore:
     """Features in RAM (pinned by ComfyUI where it pins, so that a step's upload does not wait) or on the model's device.
 
     All tensors lie in one buffer of exactly their size: pinning takes whole pages, and PyTorch's own allocator powers of two.
+    On a device nobody waits for what is written: whether it was finite is asked once, before the first read.
     """
 
-    def __init__(self, shapes: Shapes, steps: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, shapes: Shapes, steps: int, dtype: torch.dtype, device: torch.device, pinned: bool = True):
         sizes = {key: steps * prod(shape) * dtype.itemsize for key, shape in shapes.items()}
         self.nbytes = sum(sizes.values())
         buffer = torch.empty(sum(map(_aligned, sizes.values())), dtype=torch.uint8, device=device)
+        self._buffer, self._steps, self._shapes, self._dtype = buffer, steps, shapes, dtype
+        self._sealed = False
         self._tensors, offset = {}, 0
         for key, shape in shapes.items():
             self._tensors[key] = buffer[offset : offset + sizes[key]].view(dtype).view(steps, *shape)
             offset += _aligned(sizes[key])
         self._smaller: dict[tuple[FeatureKey, int], torch.Size] = {}
-        if device.type == "cpu" and comfy.model_management.pin_memory(buffer):
+        waits = device.type != "cpu"
+        self._reach = {key: torch.zeros((), dtype=dtype, device=device) for key in shapes} if waits else {}
+        self._asked = True
+        if pinned and device.type == "cpu" and comfy.model_management.pin_memory(buffer):
             weakref.finalize(self, comfy.model_management.unpin_memory, buffer).atexit = False
 
     def write(self, key: FeatureKey, step: int, tensor: torch.Tensor) -> None:
         """A tensor may have fewer elements than its place, as some steps of Deep Shrink do; it is read in its own shape."""
+        if self._sealed:
+            raise ValueError(f"features: {key} of step {step} is kept for later and cannot be written. Capture the features again.")
         place = self._tensors[key][step - 1]
         if tensor.numel() < place.numel():
             self._smaller[key, step] = tensor.shape
             place = place.view(-1)[: tensor.numel()].view(tensor.shape)
         place.copy_(tensor)
-        _require_finite(place, key)
+        if key not in self._reach:
+            _require_finite(place, key)
+        elif place.numel():
+            low, high = torch.aminmax(place)
+            torch.maximum(self._reach[key], torch.maximum(-low, high), out=self._reach[key])  # NaN wins
+            self._asked = False
+
+    def settle(self) -> None:
+        """Raises ValueError where what was written is not finite: for what lies on a device, whose writes do not tell."""
+        if self._asked:
+            return
+        for key, reach in zip(self._reach, torch.stack(list(self._reach.values())).tolist()):
+            if not math.isfinite(reach):
+                raise _not_finite(key, self._dtype)
+        self._asked = True
 
     def read(self, key: FeatureKey, step: int, device: torch.device) -> torch.Tensor:
+        self.settle()
         place, shape = self._tensors[key][step - 1], self._smaller.get((key, step))
-        return _upload(place if shape is None else place.view(-1)[: shape.numel()].view(shape), device)
+        found = _upload(place if shape is None else place.view(-1)[: shape.numel()].view(shape), device)
+        return found.clone() if self._sealed and found.device == place.device else found
+
+    def seal(self) -> None:
+        """From now on nobody changes what is in here: it cannot be written, and what is read is the reader's own."""
+        self._sealed = True
+
+    @property
+    def device(self) -> torch.device:
+        return self._buffer.device
+
+    def copied_to(self, device: torch.device, pinned: bool = True) -> MemoryStore:
+        """The same features on another device."""
+        self.settle()
+        copy = MemoryStore(self._shapes, self._steps, self._dtype, device, pinned)
+        copy._buffer.copy_(self._buffer)
+        copy._smaller = dict(self._smaller)
+        return copy
 
 
 class FileStore:
@@ -131,11 +172,15 @@ class FileStore:
 
 def _require_finite(stored: torch.Tensor, name: FeatureKey | str) -> None:
     if not is_finite(stored):
-        kind = str(stored.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"features: {name} is NaN or beyond what {kind} holds. Set precision to full; if it stays so, the model itself computes "
-            "NaN: start ComfyUI with --force-fp32."
-        )
+        raise _not_finite(name, stored.dtype)
+
+
+def _not_finite(name: FeatureKey | str, dtype: torch.dtype) -> ValueError:
+    kind = str(dtype).removeprefix("torch.")
+    return ValueError(
+        f"features: {name} is NaN or beyond what {kind} holds. Set precision to full; if it stays so, the model itself computes "
+        "NaN: start ComfyUI with --force-fp32."
+    )
 
 
 def _aligned(size: int) -> int:

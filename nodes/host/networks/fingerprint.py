@@ -34,8 +34,10 @@ def model_name(model: ModelPatcher) -> ModelName:
 
 def fingerprint(model: ModelPatcher) -> Fingerprint:
     """Digests of the U-Net's own weights and of the weight patches (LoRAs) on this MODEL."""
-    weights = hashlib.sha256(type(model.model.model_sampling).__mro__[1].__name__.encode())
-    weights.update(str([base.__name__ for base in type(model.model.model_sampling).__bases__]).encode())
+    # While another node's is in its place in the loaded model, the checkpoint's own is in the patcher's backup.
+    sampling = type(model.object_patches_backup.get("model_sampling", model.model.model_sampling))
+    weights = hashlib.sha256(sampling.__mro__[1].__name__.encode())
+    weights.update(str([base.__name__ for base in sampling.__bases__]).encode())
     prefix = "diffusion_model."
     for name, parameter in sorted(model.model.diffusion_model.state_dict().items()):
         # While a LoRA is merged into the loaded weights, the originals are in the patcher's backup.
@@ -45,18 +47,18 @@ def fingerprint(model: ModelPatcher) -> Fingerprint:
     for key in sorted(model.patches):
         for strength, patch, strength_model, *_ in model.patches[key]:
             patches.update(f"{key} {strength} {strength_model}".encode())
-            for position, tensor in enumerate(_tensors(patch)):
+            for position, tensor in enumerate(tensors_of(patch)):
                 _digest(patches, str(position), tensor)
     return Fingerprint(weights.hexdigest()[:16], patches.hexdigest()[:16])
 
 
-def _tensors(patch: Any) -> list[torch.Tensor]:
+def tensors_of(patch: Any) -> list[torch.Tensor]:
     """Tensors of a weight patch: a weight adapter (LoRA, LoHa, ...), a tuple, or nested ones."""
     if isinstance(patch, torch.Tensor):
         return [patch]
     if isinstance(patch, (tuple, list)):
-        return [tensor for part in patch for tensor in _tensors(part)]
-    return _tensors(getattr(patch, "weights", ()))
+        return [tensor for part in patch for tensor in tensors_of(part)]
+    return tensors_of(getattr(patch, "weights", ()))
 
 
 def _digest(digest: Any, name: str, tensor: torch.Tensor) -> None:

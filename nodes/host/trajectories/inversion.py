@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Callable, Protocol
+from typing import Any, Callable, Hashable, Protocol
 
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
+import comfy.utils
 import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -16,10 +17,12 @@ from ...algorithms.inversion import SCHEMES, Landing, Leg, Predict
 from ...sockets import Trajectory
 from ..checks import is_finite, unlike_shapes_told
 from ..networks.conditioning import inversion_conditioning
+from ..networks.content import digest
 from ..networks.fingerprint import fingerprint
 from ..networks.marks import require_plain
 from ..networks.neighbours import plain_pass
 from .clean_level import SAME, clean_sigma, input_scale
+from .found_again import RESULTS
 from .noise import InvertedNoise
 
 Walk = Callable[[Predict, torch.Tensor, Callable], torch.Tensor]
@@ -40,6 +43,12 @@ class Witness(Protocol):
 
     def missing(self) -> list[int]:
         """Steps that no evaluation was about yet."""
+
+    def recall(self, key: Hashable, model: ModelPatcher) -> bool:
+        """Takes what was kept when the inversion of this key was seen before; False where it must be seen again."""
+
+    def keep(self, key: Hashable | None, model: ModelPatcher) -> None:
+        """The inversion is done: what was seen is whole, and is kept under its key."""
 
 
 def walk_latent(model: ModelPatcher, samples: torch.Tensor, conditioning: list, sigmas: torch.Tensor, walk: Walk) -> torch.Tensor:
@@ -139,8 +148,8 @@ def invert(
     witness: sees every evaluation; levels that the scheme did not ask about are evaluated once more for it.
     clean_level: the noise level that the latent counts as, see CLEAN_LEVELS; where the schedule's last level is that
     one, the first step is none. The trajectory keeps the latent as it was given, at sigma 0.
-    Returns the LATENT at sigmas[0] (see `noise_latent`) and the Trajectory. Raises ValueError on bad schedules and
-    latents, and for a MODEL with an injection.
+    Returns the LATENT at sigmas[0] (see `noise_latent`) and the Trajectory, found again where the same was inverted
+    before (see found_again.py). Raises ValueError on bad schedules and latents, and for a MODEL with an injection.
     """
     if scheme not in SCHEMES:
         raise ValueError(f'scheme: got "{scheme}", choose among {", ".join(SCHEMES)}.')
@@ -153,11 +162,22 @@ def invert(
     sampling = model.get_model_object("model_sampling")
     start = torch.tensor(clean_sigma(sampling, clean_level))
     path, keep = _refine(sampling, ascending, substeps, start)
+    steps, made_by = len(path) - 1, fingerprint(model)
+    key = None
+    if RESULTS.limit:
+        key = digest("inversion", model, samples, ascending, conditioning, scheme, iterations, substeps, float(tolerance), clean_level)
+    found = _found_again(key, model, samples, steps, witness)
+    if found is not None:
+        latents, notes = found
+        notes.tell(steps)
+        trajectory = Trajectory(ascending, latents.clone(), conditioning, scheme, made_by)
+        return inverted_latent(model, latent, trajectory), trajectory
+    given = model
     kept: list[torch.Tensor] = []
     notes = _Notes(tolerance)
     if witness is not None:
         model = model.clone()
-        witness.begin(model, Trajectory(ascending, samples.unsqueeze(0), conditioning, scheme, fingerprint(model)))
+        witness.begin(model, Trajectory(ascending, samples.unsqueeze(0), conditioning, scheme, made_by))
 
     def walk(predict: Predict, x: torch.Tensor, report: Callable) -> torch.Tensor:
         levels, eps = path.to(x.device), None
@@ -191,9 +211,30 @@ def invert(
         return x
 
     walk_latent(model, samples, conditioning, torch.cat([ascending[:1], path[1:]]), walk)  # flow models rescale above sigma 0
-    notes.tell(len(path) - 1)
-    trajectory = Trajectory(ascending, torch.stack(kept), conditioning, scheme, fingerprint(model))
-    return inverted_latent(model, latent, trajectory), trajectory
+    notes.tell(steps)
+    trajectory = Trajectory(ascending, torch.stack(kept), conditioning, scheme, made_by)
+    if key is not None and RESULTS.takes(trajectory.latents.nbytes):
+        RESULTS.keep(key, given.model, (trajectory.latents.clone(), notes), trajectory.latents.nbytes)
+    if witness is not None:
+        witness.keep(key, given)
+    return inverted_latent(given, latent, trajectory), trajectory
+
+
+def _found_again(
+    key: Hashable | None, model: ModelPatcher, samples: torch.Tensor, steps: int, witness: Witness | None
+) -> tuple[torch.Tensor, "_Notes"] | None:
+    """The latents and notes of the same inversion, if all of it is still there: what a witness is to see, too."""
+    found = RESULTS.find(key)
+    if found is None or (witness is not None and not witness.recall(key, model)):
+        return None
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    count, size = samples.shape[0], "x".join(map(str, samples.shape[:1:-1]))
+    logging.info(
+        "Pastiche: found again: the inversion of %d latent%s of %s in %d steps%s.", count, "" if count == 1 else "s", size, steps,
+        "" if witness is None else ", with its features",
+    )
+    comfy.utils.ProgressBar(steps).update_absolute(steps, steps)
+    return found
 
 
 def _witnessed(predict: Predict, ascending: torch.Tensor, witness: Witness) -> Predict:
