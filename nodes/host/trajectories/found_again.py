@@ -147,5 +147,6 @@ async def _answered(request: Any, response: Any) -> None:
     if request.method != "POST" or request.path.removeprefix("/api") != "/free" or response.status != 200:
         return
     asked = await request.json()  # has been read once, so it is there
-    if isinstance(asked, dict) and asked.get("free_memory"):
+    if isinstance(asked, dict) and asked.get("free_memory") and len(RESULTS):
+        logging.info("Pastiche: %d results (%.1f MB) that were kept to be found again are let go.", len(RESULTS), RESULTS.nbytes / 1e6)
         RESULTS.clear()
