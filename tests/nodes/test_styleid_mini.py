@@ -12,6 +12,7 @@ from pastiche.nodes.inversion import DDIMInversion, InversionReport
 from pastiche.nodes.mini import LoadMini
 from pastiche.nodes.styleid import LatentAdaIN, StyleInjection
 from PIL import Image
+from support.devices import SIMULATED
 from support.sampling import sample, schedule
 
 
@@ -105,6 +106,7 @@ def test_report_shows_three_pictures_and_both_numbers(mini, scene):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(SIMULATED, reason="minutes of arithmetic, on the CPU either way")
 def test_round_trip_of_a_photo_that_was_never_trained_on(mini, repository):
     """256 px against the VAE's own decode: next 50 >= 38 dB, `predicted` and `fixed_point` with 20 steps beat it."""
     model, vae, empty = mini
