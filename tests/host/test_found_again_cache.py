@@ -461,7 +461,7 @@ def test_no_model_is_kept_alive_and_its_results_go_with_it():
 
 def test_a_new_model_never_gets_an_old_ones_results(evaluations):
     """Where a network dies its address is free for the next one."""
-    for number in range(4):
+    for number in range(2):
         run(settings_of(tiny_unet(seed=7)))
         assert len(evaluations) == (number + 1) * STEPS
         management.unload_all_models()

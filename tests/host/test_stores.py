@@ -9,6 +9,7 @@ import torch
 from pastiche.nodes.host.features.stores import FileStore, FileWriter, MemoryStore
 from pastiche.nodes.sockets import FeatureKey
 from support.devices import ON_CPU, SIMULATED
+from torch.utils._python_dispatch import TorchDispatchMode
 
 KEYS = [FeatureKey("self_attention", "output", number, 0) for number in (3, 7)]
 SHAPES = {KEYS[0]: (2, 3, 5), KEYS[1]: (1, 7)}
@@ -56,6 +57,68 @@ def test_vram_features_are_there_when_read_to_the_cpu():
     store = fill(MemoryStore(SHAPES, 2, torch.float32, device))
     assert store.read(KEYS[0], 1, device).device.type == device.type
     assert torch.equal(store.read(KEYS[0], 2, CPU), values(KEYS[0], 2))  # nobody waits for the device in between
+
+
+class Waits(TorchDispatchMode):
+    """Counts what waits for the device: values that Python reads, and copies to the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        copied = isinstance(found, torch.Tensor) and found.device.type == "cpu" and any(
+            isinstance(part, torch.Tensor) and part.device.type != "cpu" for part in args
+        )
+        self.count += function is torch.ops.aten._local_scalar_dense.default or copied
+        return found
+
+
+@needs_device
+def test_writing_to_vram_waits_for_nothing_and_nan_is_told_with_the_same_sentence():
+    device = comfy.model_management.get_torch_device()
+    store, tensors = MemoryStore(SHAPES, 2, torch.float16, device), {key: values(key, 1).to(device) for key in KEYS}
+    with Waits() as waits:
+        for key in KEYS:
+            for step in (1, 2):
+                store.write(key, step, tensors[key])
+        assert waits.count == 0
+        store.settle()
+        asked = waits.count
+        assert asked > 0
+        store.settle()
+        store.read(KEYS[0], 1, device)
+        assert waits.count == asked  # once
+    for spoiled, finite in ((float("nan"), False), (float("inf"), False), (-1e5, False), (6e4, True)):
+        tensor = tensors[KEYS[1]].clone()
+        tensor[0, 3] = spoiled
+        store = MemoryStore(SHAPES, 2, torch.float16, device)
+        store.write(KEYS[1], 1, tensor)
+        store.write(KEYS[1], 2, tensors[KEYS[1]])  # what came after does not hide it
+        if finite:
+            store.settle()
+            continue
+        told = []
+        for look in (store.settle, lambda: store.read(KEYS[0], 1, CPU), lambda: store.copied_to(CPU)):
+            with pytest.raises(ValueError, match="NaN or beyond what float16 holds. Set precision to full") as error:
+                look()
+            told.append(str(error.value))
+        with pytest.raises(ValueError) as in_ram:
+            MemoryStore(SHAPES, 2, torch.float16, CPU).write(KEYS[1], 1, tensor)
+        assert set(told) == {str(in_ram.value)}
+
+
+def test_a_sealed_store_cannot_be_changed():
+    store = fill(MemoryStore(SHAPES, 2, torch.float32, CPU))
+    copy = store.copied_to(CPU)
+    store.seal()
+    store.read(KEYS[0], 1, CPU).zero_()
+    assert torch.equal(store.read(KEYS[0], 1, CPU), values(KEYS[0], 1))
+    with pytest.raises(ValueError, match="kept for later"):
+        store.write(KEYS[0], 1, values(KEYS[0], 2))
+    copy.write(KEYS[0], 1, values(KEYS[0], 2))
+    assert torch.equal(copy.read(KEYS[1], 2, CPU), values(KEYS[1], 2)) and torch.equal(store.read(KEYS[0], 1, CPU), values(KEYS[0], 1))
 
 
 @needs_device
