@@ -19,73 +19,48 @@ import sys
 from pathlib import Path
 
 from tables import (
-    PLUMBING, RANDOM, Table, choose_pairs, inversion_graph, load_picture, mean, node, pictures_of, sampling_graph, shown,
-    unconditional_loader,
+    Table, choose_pairs, inversion_graph, load_picture, mean, node, options_parser, pictures_of, random_note, run_table,
+    sampling_graph, shown, unconditional_loader, write_table,
 )
-from host import environment  # isort: skip  (tables makes it importable)
+from host.environment import Host  # isort: skip  (tables makes it importable)
 
 HEAD = "| | pairs | FID | ID | Gram |\n|---|---|---|---|---|"
 PAPER = "| InjectFusion, the paper's slerp (CelebA-HQ, 256 px) | 5000 | 32.09 | 0.4390 | 0.0310 |"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__file__, __doc__, "org/ and cnt/", 256)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="folder with org/ and cnt/")
-    parser.add_argument("--weights", required=True, help="folder of the measures' weights, or random")
-    parser.add_argument("--pairs", type=int, help="fewer than all, from the first pictures on")
-    parser.add_argument("--work", type=Path, default=Path("output/injectfusion_table"), help="what is done is kept here")
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--gamma", type=float, default=0.6)
     parser.add_argument("--t-edit", type=int, default=400)
     parser.add_argument("--omega", type=float, default=0.3)
     parser.add_argument("--t-boost", type=int, default=200)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--table", type=Path, help="Markdown file to write")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    if not options.model.exists():
-        print(f"error: --model: {options.model} does not exist.", file=sys.stderr)
-        return 2
-    if options.weights != RANDOM and not Path(options.weights).is_dir():
-        print(f"error: --weights: {options.weights} is not a folder.", file=sys.stderr)
-        return 2
-    host = environment.prepare()
-    code = environment.run_inside(host, __file__, arguments)
-    return make(host, options) if code is None else code
+    wrong = None if options.model.exists() else f"--model: {options.model} does not exist."
+    return run_table(__file__, arguments, options, wrong, make)
 
 
-def make(host: environment.Host, options: argparse.Namespace) -> int:
+def make(host: Host, options: argparse.Namespace) -> int:
     originals, contents = (pictures_of(options.data / name) for name in ("org", "cnt"))
     pairs = choose_pairs(originals, contents, options.pairs)
-    settings = {key: str(getattr(options, key)) for key in ("model", "data", "size", "steps", "gamma", "t_edit", "omega", "t_boost")}
-    table = Table(options.work, settings)
+    table = Table.of(options, "model", "gamma", "t_edit", "omega", "t_boost")
     if not table.complete(name_of(*pair) for pair in pairs):
         draw(table, host, pairs, options)
-    note = " (random networks)" if options.weights == RANDOM else ""
-    text = "\n".join([
-        f"# InjectFusion's table, {options.model.stem}{note}", "", *([PLUMBING, ""] if options.weights == RANDOM else []),
-        f"{options.size} px, {options.steps} steps, gamma {options.gamma}, t_edit {options.t_edit}, omega {options.omega}, "
-        f"t_boost {options.t_boost}; see benchmarks/injectfusion_table.py for the measures.", "",
-        HEAD, PAPER, measure(table, pairs, options, note),
-    ]) + "\n"
-    print(text)
-    if options.table:
-        options.table.parent.mkdir(parents=True, exist_ok=True)
-        options.table.write_text(text)
-    return 0
+    note = random_note(options)
+    settings = f"gamma {options.gamma}, t_edit {options.t_edit}, omega {options.omega}, t_boost {options.t_boost}"
+    title = f"InjectFusion's table, {options.model.stem}{note}"
+    return write_table(options, __file__, title, settings, [HEAD, PAPER, measure(table, pairs, options, note)])
 
 
 def name_of(original: Path, content: Path) -> str:
     return f"{original.stem}_injected_{content.stem}"
 
 
-def draw(table: Table, host: environment.Host, pairs: list[tuple[Path, Path]], options: argparse.Namespace) -> None:
+def draw(table: Table, host: Host, pairs: list[tuple[Path, Path]], options: argparse.Namespace) -> None:
     table.provide(options.model, "diffusers")  # before the server looks
     with table.server(host, cpu=options.device == "cpu") as server:
         loader = unconditional_loader(options.model.name)
@@ -93,12 +68,8 @@ def draw(table: Table, host: environment.Host, pairs: list[tuple[Path, Path]], o
         def inversion(picture: str, prefix: str) -> dict:
             return inversion_graph(loader, picture, options.size, options.steps, "simple", "h_space", "auto", prefix)
 
-        banks = {}
-        for role, column in (("org", 0), ("cnt", 1)):
-            for picture in dict.fromkeys(pair[column] for pair in pairs):
-                banks[role, picture] = table.invert(server, role, picture, inversion)
-        for original, content in pairs:
-            table.picture(server, name_of(original, content), pair_graph(loader, banks["org", original], banks["cnt", content], options))
+        for pair, banks in zip(pairs, table.invert_all(server, ("org", "cnt"), pairs, inversion)):
+            table.picture(server, name_of(*pair), pair_graph(loader, *banks, options))
 
 
 def pair_graph(loader, original: str, content: str, options: argparse.Namespace) -> dict:

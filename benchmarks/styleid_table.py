@@ -19,64 +19,39 @@ import sys
 from pathlib import Path
 
 from tables import (
-    MINI, PLUMBING, RANDOM, Table, checkpoint_loader, choose_pairs, inversion_graph, load_picture, mean, node, pictures_of,
-    sampling_graph, shown,
+    MINI, Table, checkpoint_loader, choose_pairs, inversion_graph, load_picture, mean, node, options_parser, pictures_of, random_note,
+    run_table, sampling_graph, shown, write_table,
 )
-from host import environment  # isort: skip  (tables makes it importable)
+from host.environment import Host  # isort: skip  (tables makes it importable)
 
 HEAD = "| | pairs | ArtFID | FID | LPIPS | CFSD |\n|---|---|---|---|---|---|"
 PAPER = "| StyleID, the paper's (SD1.4, 512 px) | 800 | 28.801 | 18.131 | 0.5055 | 0.2281 |"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[1:]),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__file__, __doc__, "cnt/ and sty/", 512)
     parser.add_argument("--checkpoint", required=True, help="an SD checkpoint's file, or mini")
-    parser.add_argument("--data", type=Path, required=True, help="folder with cnt/ and sty/")
-    parser.add_argument("--weights", required=True, help="folder of the measures' weights, or random")
-    parser.add_argument("--pairs", type=int, help="fewer than all, from the first pictures on")
-    parser.add_argument("--work", type=Path, default=Path("output/styleid_table"), help="what is done is kept here")
-    parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--gamma", type=float, default=0.75)
     parser.add_argument("--temperature", type=float, default=1.5)
     parser.add_argument("--layers", default="6-11")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--table", type=Path, help="Markdown file to write")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    if options.checkpoint != MINI and not Path(options.checkpoint).is_file():
-        print(f"error: --checkpoint: {options.checkpoint} is not a file.", file=sys.stderr)
-        return 2
-    if options.weights != RANDOM and not Path(options.weights).is_dir():
-        print(f"error: --weights: {options.weights} is not a folder.", file=sys.stderr)
-        return 2
-    host = environment.prepare()
-    code = environment.run_inside(host, __file__, arguments)
-    return make(host, options) if code is None else code
+    there = options.checkpoint == MINI or Path(options.checkpoint).is_file()
+    return run_table(__file__, arguments, options, None if there else f"--checkpoint: {options.checkpoint} is not a file.", make)
 
 
-def make(host: environment.Host, options: argparse.Namespace) -> int:
+def make(host: Host, options: argparse.Namespace) -> int:
     contents, styles = (pictures_of(options.data / name) for name in ("cnt", "sty"))
     pairs = choose_pairs(contents, styles, options.pairs)
-    settings = {key: str(getattr(options, key)) for key in ("checkpoint", "data", "size", "steps", "gamma", "temperature", "layers")}
-    table = Table(options.work, settings)
+    table = Table.of(options, "checkpoint", "gamma", "temperature", "layers")
     if not table.complete(name_of(*pair) for pair in pairs):
         draw(table, host, pairs, options)
-    lines = [HEAD, PAPER, measure(table, pairs, options)]
-    text = "\n".join([
-        f"# StyleID's reference table, {describe(options)}", "", *([PLUMBING, ""] if options.weights == RANDOM else []),
-        f"{options.size} px, {options.steps} steps, gamma {options.gamma}, temperature {options.temperature}, layers {options.layers}; "
-        "see benchmarks/styleid_table.py for the measures.", "", *lines,
-    ]) + "\n"
-    print(text)
-    if options.table:
-        options.table.parent.mkdir(parents=True, exist_ok=True)
-        options.table.write_text(text)
-    return 0
+    settings = f"gamma {options.gamma}, temperature {options.temperature}, layers {options.layers}"
+    title = f"StyleID's reference table, {describe(options)}"
+    return write_table(options, __file__, title, settings, [HEAD, PAPER, measure(table, pairs, options)])
 
 
 def name_of(content: Path, style: Path) -> str:
@@ -86,10 +61,10 @@ def name_of(content: Path, style: Path) -> str:
 
 def describe(options: argparse.Namespace) -> str:
     model = "the mini model" if options.checkpoint == MINI else Path(options.checkpoint).stem
-    return model + (" (random networks)" if options.weights == RANDOM else "")
+    return model + random_note(options)
 
 
-def draw(table: Table, host: environment.Host, pairs: list[tuple[Path, Path]], options: argparse.Namespace) -> None:
+def draw(table: Table, host: Host, pairs: list[tuple[Path, Path]], options: argparse.Namespace) -> None:
     """Inverts every picture and makes every pair's, in a server of our own."""
     with table.server(host, cpu=options.device == "cpu") as server:
         name = options.checkpoint if options.checkpoint == MINI else table.provide(Path(options.checkpoint), "checkpoints")
@@ -98,12 +73,8 @@ def draw(table: Table, host: environment.Host, pairs: list[tuple[Path, Path]], o
         def inversion(picture: str, prefix: str) -> dict:
             return inversion_graph(loader, picture, options.size, options.steps, "normal", "self_attention", options.layers, prefix)
 
-        banks = {}
-        for role, column in (("cnt", 0), ("sty", 1)):
-            for picture in dict.fromkeys(pair[column] for pair in pairs):
-                banks[role, picture] = table.invert(server, role, picture, inversion)
-        for content, style in pairs:
-            table.picture(server, name_of(content, style), pair_graph(loader, banks["cnt", content], banks["sty", style], options))
+        for pair, banks in zip(pairs, table.invert_all(server, ("cnt", "sty"), pairs, inversion)):
+            table.picture(server, name_of(*pair), pair_graph(loader, *banks, options))
 
 
 def pair_graph(loader, content: str, style: str, options: argparse.Namespace) -> dict:

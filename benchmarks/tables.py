@@ -5,6 +5,7 @@ A `Table` keeps what is done in its work folder, so a run that was stopped goes 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "workflows" / "api")]
 
+from host import environment  # noqa: E402
 from host.comfy import Server, make_base  # noqa: E402
 from host.environment import Host  # noqa: E402
 
@@ -26,6 +28,53 @@ MINI = "mini"
 RANDOM = "random"  # in the place of a folder with the measures' weights
 PLUMBING = ("The pictures are real, the measures' networks have random weights: this shows that everything runs, its numbers mean "
             "nothing.")
+
+
+def options_parser(script: str, description: str, folders: str, size: int) -> argparse.ArgumentParser:
+    """With the options that every table takes. script: its file; description: its docstring; folders: what --data has."""
+    first, *rest = description.split("\n\n")
+    parser = argparse.ArgumentParser(description=first, epilog="\n\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help=f"folder with {folders}")
+    parser.add_argument("--weights", required=True, help="folder of the measures' weights, or random")
+    parser.add_argument("--pairs", type=int, help="fewer than all, from the first pictures on")
+    parser.add_argument("--work", type=Path, default=Path("output") / Path(script).stem, help="what is done is kept here")
+    parser.add_argument("--size", type=int, default=size)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--table", type=Path, help="Markdown file to write")
+    return parser
+
+
+def run_table(
+    script: str, arguments: list[str], options: argparse.Namespace, wrong: str | None, make: Callable[[Host, argparse.Namespace], int]
+) -> int:
+    """`make` in an environment that has ComfyUI; the exit status, 2 for paths that are not there. wrong: what is, of the model's."""
+    if wrong is None and options.weights != RANDOM and not Path(options.weights).is_dir():
+        wrong = f"--weights: {options.weights} is not a folder."
+    if wrong is not None:
+        print(f"error: {wrong}", file=sys.stderr)
+        return 2
+    host = environment.prepare()
+    code = environment.run_inside(host, script, arguments)
+    return make(host, options) if code is None else code
+
+
+def random_note(options: argparse.Namespace) -> str:
+    """Behind a model's name where the measures mean nothing."""
+    return " (random networks)" if options.weights == RANDOM else ""
+
+
+def write_table(options: argparse.Namespace, script: str, title: str, settings: str, rows: Iterable[str]) -> int:
+    """Prints the table and writes it to --table; settings: a sentence without its end."""
+    text = "\n".join([
+        f"# {title}", "", *([PLUMBING, ""] if options.weights == RANDOM else []),
+        f"{options.size} px, {options.steps} steps, {settings}; see benchmarks/{Path(script).name} for the measures.", "", *rows,
+    ]) + "\n"
+    print(text)
+    if options.table:
+        options.table.parent.mkdir(parents=True, exist_ok=True)
+        options.table.write_text(text)
+    return 0
 
 
 def node(class_type: str, /, **inputs) -> dict:
@@ -104,6 +153,11 @@ def choose_pairs(first: list[Path], second: list[Path], count: int | None) -> li
 class Table:
     """A work folder: server/ is ComfyUI's base, results/ the pictures, done.json what was inverted with which settings."""
 
+    @classmethod
+    def of(cls, options: argparse.Namespace, *names: str) -> Table:
+        """In --work; names: the options that its pictures depend on beside --data, --size and --steps."""
+        return cls(options.work, {key: str(getattr(options, key)) for key in (names[0], "data", "size", "steps", *names[1:])})
+
     def __init__(self, work: Path, settings: dict):
         self.work, self.results, self.base = work, work / "results", work / "server"
         self._notes = work / "done.json"
@@ -144,6 +198,16 @@ class Table:
         self._save()
         print(f"inverted {key} in {time.monotonic() - started:.0f} s: {told}", flush=True)
         return self.banks[key]
+
+    def invert_all(
+        self, server: Server, roles: tuple[str, str], pairs: list[tuple[Path, Path]], graph: Callable[[str, str], dict]
+    ) -> list[tuple[str, str]]:
+        """The files of every pair's features, each picture inverted once in each of its roles."""
+        found = {
+            (role, picture): self.invert(server, role, picture, graph)
+            for column, role in enumerate(roles) for picture in dict.fromkeys(pair[column] for pair in pairs)
+        }
+        return [(found[roles[0], first], found[roles[1], second]) for first, second in pairs]
 
     def picture(self, server: Server, name: str, graph: dict) -> Path:
         """results/<name>.png, made unless it is there."""

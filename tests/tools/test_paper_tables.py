@@ -93,6 +93,29 @@ def test_every_picture_is_inverted_once_also_after_an_interruption(tables, tmp_p
     assert again.complete(["a"]) and len(server.graphs) == 4
 
 
+def test_pairs_share_the_inversions_of_their_pictures(tables, tmp_path):
+    """A picture that is content and style is inverted for both."""
+    a, b, c = (picture(tmp_path / "in" / f"{name}.png") for name in "abc")
+    table = tables.Table(tmp_path / "work", {})
+    server = FakeServer(table.base)
+    found = table.invert_all(server, ("cnt", "sty"), [(a, b), (a, c), (b, c)], lambda name, prefix: {
+        "save": tables.node("PasticheSaveFeatures", filename_prefix=prefix)})
+    assert len(server.graphs) == 4 and len(set(found)) == 3
+    stems = [tuple(name.split("_")[:2]) for pair in found for name in pair]
+    assert [(role, stem[0]) for role, stem in stems] == [("cnt", "a"), ("sty", "b"), ("cnt", "a"), ("sty", "c"), ("cnt", "b"), ("sty", "c")]
+
+
+@pytest.mark.parametrize("weights", ["random", "folder"])
+def test_a_table_says_how_it_was_made(tables, tmp_path, capsys, weights):
+    options = SimpleNamespace(weights=weights, size=64, steps=4, table=tmp_path / "new" / "table.md")
+    assert tables.write_table(options, "/x/styleid_table.py", "Title" + tables.random_note(options), "gamma 0.5", ["| a |", "|---|"]) == 0
+    lines = options.table.read_text().splitlines()
+    assert capsys.readouterr().out.splitlines()[: len(lines)] == lines
+    assert lines[0] == ("# Title (random networks)" if weights == "random" else "# Title")
+    assert (tables.PLUMBING in lines) == (weights == "random")
+    assert lines[-4:] == ["64 px, 4 steps, gamma 0.5; see benchmarks/styleid_table.py for the measures.", "", "| a |", "|---|"]
+
+
 def test_pictures_are_cut_as_the_graph_cuts_them(tables, tmp_path):
     wide = Image.new("RGB", (12, 4))
     wide.paste((255, 0, 0), (4, 0, 8, 4))
