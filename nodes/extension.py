@@ -8,6 +8,7 @@ from .compare import ComparePictures
 from .fastsam import FastSAMPrompt, LoadFastSAM
 from .feature_injection import FeatureInjection
 from .features import CaptureFeatures, LoadFeatures, SaveFeatures
+from .frames import RestyleFrames
 from .host.fastsam.model import register_fastsam_folder
 from .host.features.library import register_folder
 from .host.files import remove_partial_files
@@ -48,6 +49,7 @@ class PasticheExtension(ComfyExtension):
             ManageStyles,
             StyleInjection,
             StyleReference,
+            RestyleFrames,
             FeaturePCA,
             StyleSimilarity,
             ComparePictures,

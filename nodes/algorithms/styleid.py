@@ -36,8 +36,15 @@ def adain(
     the statistics come from. A flat content channel (std below `flat` of the style's) has no shape to
     rescale and takes the style's mean only. epsilon: added to std_c.
     """
-    content_mean, content_std = masked_statistics(content, content_mask)
-    style_mean, style_std = masked_statistics(style, style_mask)
+    return restandardised(content, masked_statistics(content, content_mask), masked_statistics(style, style_mask), flat, epsilon)
+
+
+def restandardised(
+    content: torch.Tensor, own: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor], flat: float = 1e-5,
+    epsilon: float = 0.0,
+) -> torch.Tensor:
+    """(B, C, H, W) with means and deviations `own` -> with `wanted`; each a pair of (B or 1, C, 1, 1). flat, epsilon: see `adain`."""
+    (content_mean, content_std), (style_mean, style_std) = own, wanted
     degenerate = content_std <= flat * style_std.clamp_min(flat)
     scale = torch.where(degenerate, torch.zeros_like(content_std), style_std / (content_std + epsilon).clamp_min(1e-12))
     return scale * (content - content_mean) + style_mean

@@ -14,7 +14,7 @@ from pastiche.nodes.extension import PasticheExtension
 
 LONG = int(os.environ.get("PASTICHE_FUZZ", "0"))
 NODES = {node.define_schema().node_id: node for node in asyncio.run(PasticheExtension().get_node_list())}
-FEW = {"PasticheTrainStyleLoRA": 6, "PasticheMultiStyleGuider": 10, "PasticheInjectFusionSampler": 10, "PasticheDDIMInversion": 15, "PasticheInversionReport": 12, "PasticheLoadMini": 2, "PasticheLoadUnconditional": 6, "PasticheLoadFastSAM": 1}
+FEW = {"PasticheTrainStyleLoRA": 6, "PasticheRestyleFrames": 6, "PasticheMultiStyleGuider": 10, "PasticheInjectFusionSampler": 10, "PasticheDDIMInversion": 15, "PasticheInversionReport": 12, "PasticheLoadMini": 2, "PasticheLoadUnconditional": 6, "PasticheLoadFastSAM": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)

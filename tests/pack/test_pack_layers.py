@@ -18,6 +18,7 @@ ROOMS = {
     "references": {"networks", "injections"},
     "multistyle": {"networks", "trajectories", "features", "injections", "references"},
     "training": {"networks", "trajectories"},
+    "frames": {"networks", "trajectories", "features", "injections"},
     "fastsam": set(),
 }
 STANDARD_LIBRARY = set(__import__("sys").stdlib_module_names)

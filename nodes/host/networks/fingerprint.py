@@ -52,6 +52,15 @@ def fingerprint(model: ModelPatcher) -> Fingerprint:
     return Fingerprint(weights.hexdigest()[:16], patches.hexdigest()[:16])
 
 
+def weights_digest(vae: Any) -> str:
+    """Hex digest of a VAE's weights; of its kind alone where it has none."""
+    found = hashlib.sha256(type(vae).__name__.encode())
+    network = getattr(vae, "first_stage_model", None)
+    for name, parameter in sorted(network.state_dict().items()) if isinstance(network, torch.nn.Module) else ():
+        _digest(found, name, parameter)
+    return found.hexdigest()[:16]
+
+
 def tensors_of(patch: Any) -> list[torch.Tensor]:
     """Tensors of a weight patch: a weight adapter (LoRA, LoHa, ...), a tuple, or nested ones."""
     if isinstance(patch, torch.Tensor):
