@@ -104,16 +104,24 @@ TESTS = str(Path(__file__).resolve().parents[1])
 BETWEEN = (f"{os.sep}torch{os.sep}", f"{os.sep}nodes{os.sep}algorithms{os.sep}")
 
 
+@functools.cache
+def _kind(file: str) -> str:
+    """Of a source file: "between" a caller and what it asks for, "test", or "other"."""
+    if any(part in file for part in BETWEEN):
+        return "between"
+    return "test" if file.startswith(TESTS) else "other"
+
+
 def _called_by_test(depth: int) -> bool:
     """Whether the nearest caller outside of PyTorch and of the equations is a file of tests/."""
     frame = sys._getframe(depth)
-    while frame is not None and any(part in frame.f_code.co_filename for part in BETWEEN):
+    while frame is not None and (kind := _kind(frame.f_code.co_filename)) == "between":
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename.startswith(TESTS)
+    return frame is not None and kind == "test"
 
 
 def _devices(values, found: dict) -> None:
-    """Adds the devices of all tensors in `values`, by their kind; written to be fast, as every operator comes through here."""
+    """Adds the devices of all tensors in `values`, by their kind."""
     import torch
 
     for value in values:
@@ -129,41 +137,54 @@ def _devices(values, found: dict) -> None:
 
 @contextlib.contextmanager
 def own_tensors() -> Iterator[None]:
-    """Within it, operators, equations and modules that tests call themselves take CPU tensors to the device of the others."""
+    """Within it, operators, equations and modules that tests call themselves take CPU tensors beside the device's.
+
+    The simulated device asks for each such operator; on a real one they are moved before it.
+    """
     import comfy.model_base
     import pytest
     import torch
-    from torch.overrides import TorchFunctionMode
-    from torch.utils._pytree import tree_map_only
-
-    def moved(values, device):
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device) if tensor.device.type == "cpu" else tensor, values)
-
-    class Mixed(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            kwargs = kwargs or {}
-            if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):  # most calls: a property, a method
-                return function(*args)
-            found: dict[str, torch.device] = {}
-            _devices(args, found)
-            _devices(kwargs.values(), found)
-            if len(found) > 1 and getattr(function, "__name__", "") != "copy_" and _called_by_test(2):
-                args, kwargs = moved((args, kwargs), next(device for kind, device in found.items() if kind != "cpu"))
-            return function(*args, **kwargs)
 
     def takes_cpu_tensors(call):
         @functools.wraps(call)
         def wrapped(self, *args, **kwargs):
             if _called_by_test(2):
                 device = next((parameter.device for parameter in self.parameters() if parameter.is_cuda), None)
-                args, kwargs = moved((args, kwargs), device) if device is not None else (args, kwargs)
+                args, kwargs = _moved((args, kwargs), device) if device is not None else (args, kwargs)
             return call(self, *args, **kwargs)
 
         return wrapped
 
-    with pytest.MonkeyPatch.context() as patch, Mixed():
+    with pytest.MonkeyPatch.context() as patch, _mixing():
         patch.setattr(torch.nn.Module, "__call__", takes_cpu_tensors(torch.nn.Module.__call__))
         for name in ("apply_model", "process_latent_in", "process_latent_out"):
             patch.setattr(comfy.model_base.BaseModel, name, takes_cpu_tensors(getattr(comfy.model_base.BaseModel, name)))
         patch.setattr(torch.testing, "assert_close", functools.partial(torch.testing.assert_close, check_device=False))
         yield
+
+
+def _moved(values, device):
+    """`values` with their CPU tensors on `device`."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device) if tensor.device.type == "cpu" else tensor, values)
+
+
+def _mixing() -> contextlib.AbstractContextManager:
+    if SIMULATED:
+        from .simulated_cuda import device
+
+        return device.mixing(lambda: _called_by_test(2))
+    from torch.overrides import TorchFunctionMode
+
+    class Mixed(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            found: dict = {}
+            _devices((args, kwargs), found)
+            if len(found) > 1 and getattr(function, "__name__", "") != "copy_" and _called_by_test(2):
+                args, kwargs = _moved((args, kwargs), next(device for kind, device in found.items() if kind != "cpu"))
+            return function(*args, **kwargs)
+
+    return Mixed()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import torch
@@ -60,6 +62,17 @@ def transfers() -> tuple[int, int]:
 
 def synchronize(*_) -> None:
     torch.ops.simulated_cuda.wait()
+
+
+@contextlib.contextmanager
+def mixing(allowed: Callable[[], bool]) -> Iterator[None]:
+    """Within it, an operator that reads CPU tensors beside the device's takes them where `allowed()`, which is asked only then."""
+    call = ctypes.CFUNCTYPE(ctypes.c_bool)(allowed)
+    torch.ops.simulated_cuda.mixing(ctypes.cast(call, ctypes.c_void_p).value)
+    try:
+        yield
+    finally:
+        torch.ops.simulated_cuda.mixing(0)
 
 
 class Stream(torch.Stream):
