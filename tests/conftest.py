@@ -22,6 +22,7 @@ import pytest
 from support.devices import MODES, ON_CPU, SIMULATED, TEST_DEVICE, available_modes, memory_mode, own_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
+LIVE = ("server/", "browser/", "tools/test_client.py")  # tests that share a ComfyUI server and a browser
 NEEDS_COMFYUI = ("host", "nodes", "neighbours", "server", "browser")
 
 
@@ -94,6 +95,18 @@ def pytest_configure(config):
 
     # Tiny tensors gain nothing from many threads, and beside another busy process they wait for each other at every operation.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """In several processes a file stays in one, for its fixtures; so do all files that share a ComfyUI server and a browser."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "live" if nodeid.startswith(LIVE) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)

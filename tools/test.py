@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Runs every test in a real ComfyUI: makes the environment on first use, then hands over to pytest.
 
-    python tools/test.py                     everything, and beside it ON_DEVICE on the simulated CUDA device
-    python tools/test.py tests/algorithms    some of it; all arguments go to pytest, which runs once
+    python tools/test.py                     everything, then ON_DEVICE once more on the simulated CUDA device
+    python tools/test.py tests/algorithms    some of it; all arguments go to pytest, which runs once, in one process
     python tools/test.py -m "not slow" -x
 
+Everything runs in a process a core (pytest-xdist, a file at a time; tests/conftest.py says what else stays together).
 Only the standard library is needed to start. COMFYUI_PATH selects an installation of yours instead;
 PASTICHE_TEST_DEVICE (cpu, simulated, cuda) the device, on which everything then runs once.
 """
@@ -12,13 +13,14 @@ PASTICHE_TEST_DEVICE (cpu, simulated, cuda) the device, on which everything then
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import BinaryIO
 
 from host import environment
 
 TESTS = environment.ROOT / "tests"
+PASSED, FAILED = 0, 1  # of pytest's exit statuses
+PROCESSES = 4  # at most: each takes some 2 GB
+# without the slow tests: what they ask takes long because it is about pictures, and is the same on every device
 ON_DEVICE = [TESTS / "host", TESTS / "nodes"]
 # files of these folders that no tensor of a model passes through: a device changes nothing in them
 WITHOUT_DEVICE = {
@@ -42,40 +44,44 @@ def main(arguments: list[str]) -> int:
         return 2
     named = [a for a in arguments if not a.startswith("-") and Path(a.split("::")[0]).exists()]
     if arguments or "PASTICHE_TEST_DEVICE" in os.environ:
-        return environment.wait(start_pytest(host, [*([] if named else [str(TESTS)]), *arguments]))
+        return run_pytest(host, [*([] if named else [str(TESTS)]), *arguments])
+    return run_everything(host)
+
+
+def run_everything(host: environment.Host) -> int:
+    """On the CPU, then on the simulated device. The first failure's exit status; what was interrupted or could not start ends all."""
+    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    spread = in_processes(host)
+    first = run_pytest(host, [str(TESTS), *spread], variables)
+    if first not in (PASSED, FAILED):
+        return first
     reason = environment.lacks_simulated_device(host)
-    if not reason:
-        return run_both(host)
-    first = environment.wait(start_pytest(host, [str(TESTS)]))
-    print(f"simulated CUDA device: not run, {reason}", flush=True)
-    return first or int(environment.IN_CI)
-
-
-def run_both(host: environment.Host) -> int:
-    """Two suites at a time, a core each: what the one on the device says comes afterwards. The first failure's exit status."""
-    one_core = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if reason:
+        print(f"simulated CUDA device: not run, {reason}", flush=True)
+        return first or int(environment.IN_CI)
+    print("\nsimulated CUDA device:", flush=True)
     left_out = [f"--ignore={TESTS / name}" for name in WITHOUT_DEVICE]
-    with tempfile.TemporaryFile() as said:
-        beside = start_pytest(
-            host, [*map(str, ON_DEVICE), *left_out, "-p", "no:cacheprovider"], {**one_core, "PASTICHE_TEST_DEVICE": "simulated"}, said
-        )
-        try:
-            first = environment.wait(start_pytest(host, [str(TESTS)], one_core))
-            second = environment.wait(beside)
-        finally:
-            beside.kill()
-        said.seek(0)
-        print("\nsimulated CUDA device:", said.read().decode(errors="replace"), sep="\n", flush=True)
+    second = run_pytest(
+        host, [*map(str, ON_DEVICE), *left_out, "-m", "not slow", "-p", "no:cacheprovider", *spread],
+        {**variables, "PASTICHE_TEST_DEVICE": "simulated"},
+    )
     return first or second
 
 
-def start_pytest(
-    host: environment.Host, arguments: list[str], variables: dict[str, str] = {}, output: BinaryIO | None = None
-) -> subprocess.Popen:
-    """pytest, saying what it says in a file instead where there is one."""
+def in_processes(host: environment.Host) -> list[str]:
+    """pytest's arguments for a process a core; none where there is one core, or an installation of the user's without pytest-xdist."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = min(cores, PROCESSES)
+    if processes < 2 or not environment.has_package(host, "xdist"):
+        return []
+    return ["-n", str(processes), "--dist", "loadfile"]
+
+
+def run_pytest(host: environment.Host, arguments: list[str], variables: dict[str, str] = {}) -> int:
+    """pytest's exit status; Ctrl-C is pytest's, too."""
     command = [str(host.python), "-m", "pytest", "-c", str(TESTS / "pytest.ini"), *arguments]
     sys.stdout.flush()
-    return subprocess.Popen(command, env={**host.variables(), **variables}, stdout=output, stderr=output and subprocess.STDOUT)
+    return environment.wait(subprocess.Popen(command, env={**host.variables(), **variables}))
 
 
 if __name__ == "__main__":

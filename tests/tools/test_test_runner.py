@@ -1,4 +1,4 @@
-"""tools/test.py: what it hands to pytest, and the simulated device that needs a compiler."""
+"""tools/test.py: what it hands to pytest, how tests spread over processes, and the simulated device that needs a compiler."""
 
 import importlib.util
 import os
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from host import environment
 from support.simulated_cuda import build
 
 ROOT = environment.ROOT
-BESIDE = {"OMP_NUM_THREADS": "1", "PASTICHE_TEST_DEVICE": "simulated"}
+TESTS = str(ROOT / "tests")
+SPREAD = ["-n", "2", "--dist", "loadfile"]
 
 
 def load_runner():
@@ -23,56 +25,47 @@ def load_runner():
     return module
 
 
-class Suite:
-    """A pytest process: its exit status, and whether it was waited for."""
-
-    def __init__(self, code):
-        self.code, self.done = code, False
-
-    def wait(self):
-        self.done = True
-        return self.code
-
-    def kill(self):
-        assert self.done, "killed while it ran"
-
-
 @pytest.fixture
 def runner(monkeypatch):
+    """tools/test.py on a machine with two cores, where pytest notes how it was called and returns `codes`."""
     module = load_runner()
     host = environment.Host(Path("ComfyUI"), Path(sys.executable), True)
     monkeypatch.setattr(environment, "prepare", lambda tests: host)
     monkeypatch.setattr(environment, "lacks_simulated_device", lambda host: "")
+    monkeypatch.setattr(environment, "has_package", lambda host, name: name == "xdist")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {4, 7}, raising=False)
     for name in ("PASTICHE_TEST_DEVICE", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    module.runs, module.codes, module.suites = [], {"cpu": 0, "simulated": 0}, []
+    module.runs, module.codes = [], {"cpu": 0, "simulated": 0}
 
-    def start(host, arguments, variables={}, output=None):
+    def run(host, arguments, variables={}):
         module.runs.append((arguments, variables))
-        device = variables.get("PASTICHE_TEST_DEVICE", "cpu")
-        if output is not None:
-            output.write(f"what {device} said".encode())
-        module.suites.append(Suite(module.codes[device]))
-        return module.suites[-1]
+        return module.codes[variables.get("PASTICHE_TEST_DEVICE", "cpu")]
 
-    monkeypatch.setattr(module, "start_pytest", start)
+    monkeypatch.setattr(module, "run_pytest", run)
     return module
 
 
-@pytest.mark.parametrize("cpu, simulated, expected", [(0, 0, 0), (1, 0, 1), (0, 1, 1), (2, 1, 2)])
-def test_without_arguments_both_devices_run_side_by_side_and_either_failure_counts(runner, capsys, cpu, simulated, expected):
+@pytest.mark.parametrize("cpu, simulated, expected", [(0, 0, 0), (1, 0, 1), (0, 1, 1), (0, 5, 5), (1, 3, 1)])
+def test_without_arguments_both_devices_have_their_turn_and_either_failure_counts(runner, capsys, cpu, simulated, expected):
     runner.codes.update(cpu=cpu, simulated=simulated)
     assert runner.main([]) == expected
-    (beside, variables), everything = runner.runs
-    assert everything == ([str(ROOT / "tests")], {"OMP_NUM_THREADS": "1"}) and variables == BESIDE
-    assert beside[:2] == [str(ROOT / "tests" / "host"), str(ROOT / "tests" / "nodes")]
-    assert "simulated CUDA device:\nwhat simulated said" in capsys.readouterr().out
-    assert all(suite.done for suite in runner.suites)
+    everything, (device, variables) = runner.runs
+    assert everything == ([TESTS, *SPREAD], {"OMP_NUM_THREADS": "1"})
+    assert device[:2] == [str(ROOT / "tests" / "host"), str(ROOT / "tests" / "nodes")] and device[-4:] == SPREAD
+    assert variables == {"OMP_NUM_THREADS": "1", "PASTICHE_TEST_DEVICE": "simulated"}
+    assert "simulated CUDA device:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, -9])
+def test_what_was_interrupted_or_could_not_start_ends_all(runner, code):
+    runner.codes["cpu"] = code
+    assert runner.main([]) == code and len(runner.runs) == 1
 
 
 def test_what_the_device_leaves_out_exists_and_has_a_reason(runner):
     runner.main([])
-    ignored = [Path(part.partition("=")[2]) for part in runner.runs[0][0] if part.startswith("--ignore=")]
+    ignored = [Path(part.partition("=")[2]) for part in runner.runs[1][0] if part.startswith("--ignore=")]
     assert len(ignored) == len(runner.WITHOUT_DEVICE) and all(path.is_file() for path in ignored)
     assert all(runner.WITHOUT_DEVICE.values())
     # files with tests for memory modes of a device belong on it
@@ -85,7 +78,25 @@ def test_threads_that_were_asked_for_stay(runner, monkeypatch):
     assert [variables["OMP_NUM_THREADS"] for _, variables in runner.runs] == ["3", "3"]
 
 
-@pytest.mark.parametrize("arguments, expected", [(["-x"], [str(ROOT / "tests"), "-x"]), ([__file__, "-x"], [__file__, "-x"])])
+@pytest.mark.parametrize("cores, processes", [(1, []), (3, ["-n", "3", "--dist", "loadfile"]), (64, ["-n", "4", "--dist", "loadfile"])])
+def test_a_process_a_core_and_four_at_most(runner, monkeypatch, cores, processes):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    assert runner.main([]) == 0
+    assert runner.runs[0][0] == [TESTS, *processes]
+
+
+def test_an_installation_without_xdist_is_tested_in_one_process(runner, monkeypatch):
+    monkeypatch.setattr(environment, "has_package", lambda host, name: False)
+    assert runner.main([]) == 0
+    assert runner.runs[0][0] == [TESTS] and len(runner.runs) == 2
+
+
+def test_packages_are_looked_for_in_the_hosts_python():
+    host = environment.Host(Path("ComfyUI"), Path(sys.executable), True)
+    assert environment.has_package(host, "pytest") and not environment.has_package(host, "no_such_package")
+
+
+@pytest.mark.parametrize("arguments, expected", [(["-x"], [TESTS, "-x"]), ([__file__, "-x"], [__file__, "-x"])])
 def test_with_arguments_pytest_runs_once(runner, arguments, expected):
     assert runner.main(arguments) == 0
     assert runner.runs == [(expected, {})]
@@ -94,7 +105,7 @@ def test_with_arguments_pytest_runs_once(runner, arguments, expected):
 def test_a_chosen_device_runs_everything_once(runner, monkeypatch):
     monkeypatch.setenv("PASTICHE_TEST_DEVICE", "cuda")
     assert runner.main([]) == 0
-    assert runner.runs == [([str(ROOT / "tests")], {})]
+    assert runner.runs == [([TESTS], {})]
 
 
 @pytest.mark.parametrize("in_ci, expected", [(False, 0), (True, 1)])
@@ -103,6 +114,16 @@ def test_a_missing_device_is_said_and_fails_only_under_ci(runner, monkeypatch, c
     monkeypatch.setattr(environment, "IN_CI", in_ci)
     assert runner.main([]) == expected
     assert len(runner.runs) == 1 and "simulated CUDA device: not run, it needs g++" in capsys.readouterr().out
+
+
+def test_files_that_share_a_server_stay_in_one_process(request):
+    scheduling = pytest.importorskip("xdist.scheduler").LoadFileScheduling
+    conftest = next(plugin for plugin in request.config.pluginmanager.get_plugins() if hasattr(plugin, "pytest_xdist_make_scheduler"))
+    found = conftest.pytest_xdist_make_scheduler(types.SimpleNamespace(getvalue=lambda name: ["popen"]), None)
+    assert isinstance(found, scheduling)
+    scopes = [found._split_scope(test) for test in ("server/test_a.py::test", "browser/test_b.py::test[x::y]", "host/test_c.py::test[a]")]
+    assert scopes == ["live", "live", "host/test_c.py"]
+    assert all((ROOT / "tests" / place).exists() for place in conftest.LIVE)
 
 
 SUITE = """#!{python}
@@ -124,12 +145,13 @@ from pathlib import Path
 from host import environment
 environment.prepare = lambda tests: environment.Host(Path("ComfyUI"), Path({python!r}), True)
 environment.lacks_simulated_device = lambda host: ""
+environment.has_package = lambda host, name: False
 sys.exit(runner.main([]))
 """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_ctrl_c_ends_both_and_shows_what_both_said(tmp_path):
+def test_ctrl_c_is_pytests_and_nothing_comes_after_it(tmp_path):
     python = tmp_path / "python"
     python.write_text(SUITE.format(python=sys.executable, folder=str(tmp_path)))
     python.chmod(0o755)
@@ -140,14 +162,14 @@ def test_ctrl_c_ends_both_and_shows_what_both_said(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        wait_for(lambda: all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in ("cpu", "simulated")))
+        wait_for(lambda: (tmp_path / "cpu").exists() and (tmp_path / "cpu").read_text())
         os.killpg(running.pid, signal.SIGINT)
         said, _ = running.communicate(timeout=120)
     finally:
         if running.returncode is None:
             os.killpg(running.pid, signal.SIGKILL)
     assert running.returncode == 2
-    assert "cpu was interrupted" in said and said.index("simulated CUDA device:") < said.index("simulated was interrupted")
+    assert "cpu was interrupted" in said and not (tmp_path / "simulated").exists()
 
 
 def wait_for(condition, seconds=120):

@@ -98,6 +98,12 @@ def lacks_simulated_device(host: Host) -> str:
     return "" if asked.stdout.strip() == "None" else "it is for CPU builds of PyTorch; PASTICHE_TEST_DEVICE=cuda uses a GPU"
 
 
+def has_package(host: Host, name: str) -> bool:
+    """Whether the host's Python can import the package."""
+    asked = subprocess.run([str(host.python), "-c", f"import importlib.util as u; print(u.find_spec({name!r}) is not None)"], capture_output=True)
+    return asked.stdout.strip() == b"True"
+
+
 def find_chromium() -> str | None:
     """Path of a Chromium or Chrome, or None."""
     named = os.environ.get("CHROMIUM")
