@@ -130,7 +130,8 @@ SUITE = """#!{python}
 import os, sys, time
 device = os.environ.get("PASTICHE_TEST_DEVICE", "cpu")
 try:
-    open(os.path.join({folder!r}, device), "w").write("running")
+    with open(os.path.join({folder!r}, device), "w") as file:  # an interrupt while a file without a name is closed would be ignored
+        file.write("running")
     while True:
         time.sleep(0.01)
 except KeyboardInterrupt:
