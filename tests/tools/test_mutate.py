@@ -83,12 +83,21 @@ def test_the_modules_own_tests_come_first_then_the_fastest(mutate, tmp_path):
     assert asked(mutate, profile, tmp_path, 5, 5) == []
 
 
+def test_constants_are_asked_of_tests_that_only_look_at_them(mutate, tmp_path):
+    (tmp_path / "tests" / "host").mkdir(parents=True)
+    (tmp_path / "tests" / "host" / "test_a.py").write_text("from pastiche.nodes import a\n")
+    looks, other = {"tests": {"host/test_a.py::one": 1.0}, "lines": {}}, {"tests": {"host/test_b.py::two": 0.1}, "lines": {}}
+    looks["lines"] = {"nodes/a.py": {"1": [], "3": []}}
+    profile = mutate.Profile({"host/test_a.py": looks, "host/test_b.py": other})
+    assert asked(mutate, profile, tmp_path, 1, 1) == ["host/test_a.py::one"]
+
+
 def test_without_a_profile_whole_files_are_asked(mutate):
     ask = lambda path: mutate.Files.tests(mutate.Mutation(Path(path), 1, "constant", 0, 1, "2"))
     assert ask("nodes/algorithms/slerp.py")[0] == "algorithms/test_slerp.py"
     assert "host/test_fastsam.py" in ask("nodes/host/fastsam/prompt.py")
     assert ask("nodes/host/networks/unet_hidden.py")  # through the modules that import it
-    assert len(ask("nodes/host/injections/hints.py")) == mutate.MOST_FILES
+    assert len(ask("nodes/host/messages.py")) == mutate.MOST_FILES
 
 
 class Fake:

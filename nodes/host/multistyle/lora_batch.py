@@ -127,7 +127,7 @@ class _DenseRows:
     """Any other patch of one style (LoHa, DoRA, full differences): the weight's change as core computes it."""
 
     def __init__(self, module: nn.Module, part: str, style: int, patches: list, key: str, device: Any, dtype: Any):
-        weight = comfy.model_management.cast_to(getattr(module, part), torch.float32, device, copy=True)
+        weight = comfy.model_management.cast_to(getattr(module, part), torch.float32, device)
         change = comfy.lora.calculate_weight(patches, weight.clone(), key) - weight
         self._module, self._part, self._style, self._change = module, part, style, change.to(dtype)
 
