@@ -274,9 +274,11 @@ def test_a_limit_that_cannot_be_read_is_told(bank, text):
     assert listing()["limit"] == 0
 
 
-def test_ready_styles_are_small_pictures_with_sources(repository):
-    sizes = [ready_file(name).stat().st_size for name in READY]
-    assert sum(sizes) < 1_500_000
+def test_a_dozen_ready_styles_are_small_pictures_that_differ(repository):
+    assert len(READY) == 12 and {path.stem for path in (repository / "js" / "styles").iterdir()} == set(READY)
+    assert sum(ready_file(name).stat().st_size for name in READY) < 600_000
+    small = [torch.nn.functional.interpolate(ready_picture(name).movedim(-1, 1), (32, 32), mode="area") for name in READY]
+    assert min(float((a - b).abs().mean()) for i, a in enumerate(small) for b in small[:i]) > 0.02
     for name in READY:
         image = ready_picture(name)
         assert image.shape[0] == 1 and image.shape[-1] == 3 and float(image.std()) > 0.02

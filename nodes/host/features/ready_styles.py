@@ -11,7 +11,9 @@ from PIL import Image
 # Saved trajectories would take 3 MB each; the same file is what the page shows.
 FOLDER = Path(__file__).resolve().parents[3] / "js" / "styles"
 # Names are saved in workflows: add, never rename. tools/paint_gallery.py draws them.
-READY = ("impasto", "woodcut", "stained glass")
+READY = (
+    "impasto", "woodcut", "stained glass", "watercolour", "pointillism", "pen and ink", "mosaic", "charcoal", "comic", "facets", "cross stitch", "marbling",
+)
 
 
 def ready_file(name: str) -> Path:
