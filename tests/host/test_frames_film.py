@@ -271,3 +271,16 @@ def test_memory_modes_give_one_film(model):
     first, *_ = restyle(model, BOTH, 3, memory="ram")
     disk, *_ = restyle(model, BOTH, 3, memory="disk")
     assert torch.equal(first, disk)
+
+
+def test_a_films_inversions_push_nothing_out_of_what_is_found_again(model, monkeypatch):
+    from comfy.cli_args import args
+
+    from pastiche.nodes.host.trajectories.found_again import RESULTS
+
+    monkeypatch.setattr(args, "cache_none", False)
+    RESULTS.clear()
+    restyle(model, FAST, 2)
+    kept = len(RESULTS)
+    RESULTS.clear()
+    assert kept == 2  # the style's inversion and its features, and nothing of the frames

@@ -143,7 +143,7 @@ class Film:
     def _style(self, progress: FilmProgress) -> FeatureBank:
         if self.style is None:
             with progress.stage(1):
-                _, _, self.style = self._inverted(self._encoded(_fitted(self.vae, self._given), "style"), "ram")
+                _, _, self.style = self._inverted(self._encoded(_fitted(self.vae, self._given), "style"), "ram", remember=True)
         return self.style
 
     def _require_style(self, bank: FeatureBank) -> None:
@@ -187,8 +187,10 @@ class Film:
             logging.info("Pastiche: the links carry %s of rows from chunk to chunk.", readable_size(size))
         return check_tensor(images[..., :3].float().cpu(), "vae", HALF).clamp(0, 1)
 
-    def _inverted(self, latent: Tensor, memory: str) -> tuple[dict, Any, FeatureBank]:
-        return invert_and_capture(self.model, {"samples": latent}, self.sigmas, STREAM, self.settings.layers, memory, positive=self.positive)
+    def _inverted(self, latent: Tensor, memory: str, remember: bool = False) -> tuple[dict, Any, FeatureBank]:
+        return invert_and_capture(
+            self.model, {"samples": latent}, self.sigmas, STREAM, self.settings.layers, memory, positive=self.positive, remember=remember
+        )
 
     def _encoded(self, images: Tensor, name: str) -> Tensor:
         """(F, C, h, w) latents of (F, H, W, 3) pictures."""

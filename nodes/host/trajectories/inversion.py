@@ -139,6 +139,7 @@ def invert(
     tolerance: float = TOLERANCE,
     witness: Witness | None = None,
     clean_level: str = "sigma 0",
+    remember: bool = True,
 ) -> tuple[dict, Trajectory]:
     """DDIM inversion of a LATENT along a sampling schedule.
 
@@ -148,6 +149,7 @@ def invert(
     witness: sees every evaluation; levels that the scheme did not ask about are evaluated once more for it.
     clean_level: the noise level that the latent counts as, see CLEAN_LEVELS; where the schedule's last level is that
     one, the first step is none. The trajectory keeps the latent as it was given, at sigma 0.
+    remember: False for what will hardly be asked for again and would push other results out, as a film's frames.
     Returns the LATENT at sigmas[0] (see `noise_latent`) and the Trajectory, found again where the same was inverted
     before (see found_again.py). Raises ValueError on bad schedules and latents, and for a MODEL with an injection.
     """
@@ -164,7 +166,7 @@ def invert(
     path, keep = _refine(sampling, ascending, substeps, start)
     steps, made_by = len(path) - 1, fingerprint(model)
     key = None
-    if RESULTS.limit:
+    if remember and RESULTS.limit:
         key = digest("inversion", model, samples, ascending, conditioning, scheme, iterations, substeps, float(tolerance), clean_level)
     found = _found_again(key, model, samples, steps, witness)
     if found is not None:
