@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 
 import setup_host  # before torch and comfy
 import folder_paths
@@ -31,7 +30,7 @@ from pastiche.nodes.host.networks.families import find_adapter
 from pastiche.nodes.host.networks.mini import load_mini
 from pastiche.nodes.host.trajectories.inversion import invert, noise_latent, reconstruct
 from pastiche.nodes.host.trajectories.latent_adain import latent_adain
-from report import add_outputs, pictures, publish
+from report import add_outputs, add_pictures, pictures, publish
 from support.sampling import sample, schedule
 
 LAYERS = "6-11"
@@ -151,11 +150,8 @@ def stored_features(studio, side):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("assets", type=Path)
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=20)
+    add_pictures(parser, 20, 256, 2)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="without `fixed_point` and the pictures' quality")
     parser.add_argument("--only", help="rows whose names hold one of these words, with | between")
     add_outputs(parser)

@@ -8,7 +8,6 @@ compared with what the curve of constant gammas has at its LPIPS, by straight li
 
 import argparse
 import time
-from pathlib import Path
 
 import setup_host  # noqa: F401  (before torch and comfy)
 import torch
@@ -17,7 +16,7 @@ from pastiche.nodes.host.features.capture import capture
 from pastiche.nodes.host.injections.style import inject_style
 from pastiche.nodes.host.networks.mini import load_mini
 from pastiche.nodes.host.trajectories.inversion import invert
-from report import CONTENTS, add_outputs, pictures, publish
+from report import CONTENTS, add_outputs, add_pictures, pictures, publish
 from support.sampling import sample, schedule
 
 CONSTANT = (1.0, 0.9, 0.75, 0.6, 0.5, 0.375, 0.2, 0.0)
@@ -35,10 +34,7 @@ def between(points, at):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("assets", type=Path)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=4)
+    add_pictures(parser, 10, 128, 4)
     add_outputs(parser)
     options = parser.parse_args()
     metrics, started = Metrics(options.assets / "metrics"), time.process_time()

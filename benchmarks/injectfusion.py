@@ -24,7 +24,7 @@ import comfy.samplers
 import comfy.sampler_helpers
 import torch
 from metrics import Metrics
-from report import add_outputs, pictures, publish, save_sheet
+from report import add_outputs, add_pictures, pictures, publish, save_sheet
 
 from pastiche.nodes.algorithms.slerp import lerp
 from pastiche.nodes.host.features.capture import capture
@@ -130,10 +130,7 @@ def cosine(a, b):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("assets", type=Path)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--pairs", type=int, default=10)
+    add_pictures(parser, 20, 256, 10)
     add_outputs(parser, sheet=True)
     parser.add_argument("--gammas", type=float, nargs="+", default=(0.2, 0.4, 0.6, 0.8, 1.0))
     parser.add_argument("--omegas", type=float, nargs="+", default=(0.0, 0.3))

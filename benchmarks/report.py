@@ -26,6 +26,14 @@ def add_outputs(parser: argparse.ArgumentParser, sheet: bool = False) -> None:
         parser.add_argument("--sheet", type=Path, help="picture file to write")
 
 
+def add_pictures(parser: argparse.ArgumentParser, steps: int, size: int, pairs: int) -> None:
+    """What `pictures` is asked for, and the schedule."""
+    parser.add_argument("assets", type=Path)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--size", type=int, default=size)
+    parser.add_argument("--pairs", type=int, default=pairs)
+
+
 def pictures(assets: Path, size: int, count: int, styles: tuple[str, ...] = HELD_OUT_STYLES) -> tuple[torch.Tensor, torch.Tensor]:
     """`count` held-out photos and paintings, (B, 3, size, size) in [0, 1]; paintings repeat where there are fewer."""
     photos = [assets / "content" / name for name in CONTENTS[:count]]

@@ -9,7 +9,6 @@ the content's decode (for text to image: to the plain sample), lower is nearer. 
 
 import argparse
 import time
-from pathlib import Path
 
 import setup_host  # noqa: F401  (before torch and comfy)
 import comfy.sample
@@ -20,7 +19,7 @@ from pastiche.nodes.host.networks.mini import load_mini
 from pastiche.nodes.host.references.install import style_reference
 from pastiche.nodes.host.references.settings import PRESETS, Cures
 from pastiche.nodes.host.trajectories.inversion import invert, inverted_noise
-from report import CONTENTS, HELD_OUT_STYLES, add_outputs, pictures, publish, save_sheet
+from report import CONTENTS, HELD_OUT_STYLES, add_outputs, add_pictures, pictures, publish, save_sheet
 from support.sampling import schedule
 
 START = 0.6  # share of the schedule that restyling from a noised start runs
@@ -76,11 +75,8 @@ class Pair:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("assets", type=Path)
+    add_pictures(parser, 20, 128, 10)
     parser.add_argument("--architecture", default="transformer", choices=("unet", "transformer"))
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--starts", default=",".join(STARTS))
     add_outputs(parser, sheet=True)
     options = parser.parse_args()

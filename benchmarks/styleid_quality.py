@@ -8,7 +8,6 @@ style, lower is nearer. LPIPS: distance to the content's decode, lower is nearer
 
 import argparse
 import time
-from pathlib import Path
 
 import setup_host  # noqa: F401  (before torch and comfy)
 import torch
@@ -19,7 +18,7 @@ from pastiche.nodes.host.trajectories.inversion import invert, reconstruct
 from pastiche.nodes.host.trajectories.latent_adain import latent_adain
 from pastiche.nodes.host.networks.mini import load_mini
 from pastiche.nodes.host.injections.style import inject_style
-from report import CONTENTS, HELD_OUT_STYLES, add_outputs, pictures, publish, save_sheet
+from report import CONTENTS, HELD_OUT_STYLES, add_outputs, add_pictures, pictures, publish, save_sheet
 from support.sampling import sample, schedule
 
 VARIANTS = ("reconstruction", "injection", "AdaIN", "both", "both, gamma 0.3")
@@ -60,10 +59,7 @@ class Pair:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("assets", type=Path)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--pairs", type=int, default=10)
+    add_pictures(parser, 20, 256, 10)
     add_outputs(parser, sheet=True)
     options = parser.parse_args()
     metrics = Metrics(options.assets / "metrics")

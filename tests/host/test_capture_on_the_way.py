@@ -12,7 +12,7 @@ from pastiche.nodes.host.features.capture import capture
 from pastiche.nodes.host.features.on_the_way import invert_and_capture
 from pastiche.nodes.inversion import DDIMInversion
 from support.models import tiny_cond, tiny_unet
-from support.sampling import random_latent, schedule
+from support.sampling import cancelled_at, random_latent, schedule
 
 STREAMS, LAYERS, STEPS = "self_attention, residual, h_space", "6-8", 4
 CPU = torch.device("cpu")
@@ -90,15 +90,7 @@ def test_disk_holds_the_same_and_a_cancelled_run_leaves_no_file(model):
     for key in bank.keys:
         assert torch.equal(bank.store.read(key, 2, CPU), kept.store.read(key, 2, CPU))
     del bank
-    cancelling, sigmas = counted(model)
-    inner = cancelling.model_options["model_function_wrapper"]
-
-    def wrapper(apply_model, args):
-        if len(sigmas) == 2:
-            management.interrupt_current_processing()
-        return inner(apply_model, args)
-
-    cancelling.set_model_unet_function_wrapper(wrapper)
+    cancelling, _ = cancelled_at(model, 3)
     with pytest.raises(management.InterruptProcessingException):
         on_the_way(cancelling, "predicted", "disk")
     assert (set(folder.glob("*")) if folder.exists() else set()) == before

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pastiche.nodes.host.trajectories.inversion import invert, noise_latent, reconstruct
 from support.models import smooth_eps, tiny_cond, tiny_unet
-from support.sampling import random_latent, sample, schedule
+from support.sampling import cancelled_at, random_latent, sample, schedule
 
 
 @pytest.fixture(scope="module")
@@ -140,21 +140,10 @@ def test_noise_mask_is_dropped_and_other_keys_kept(model, positive):
 def test_cancel_stops_within_a_step(model, positive):
     import comfy.model_management as management
 
-    calls = 0
-    cancelling = model.clone()
-    inner = cancelling.model_options["model_function_wrapper"]
-
-    def wrapper(apply_model, args):
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            management.interrupt_current_processing()
-        return inner(apply_model, args)
-
-    cancelling.set_model_unet_function_wrapper(wrapper)
+    cancelling, levels = cancelled_at(model, 3)
     with pytest.raises(management.InterruptProcessingException):
         invert(cancelling, {"samples": random_latent()}, schedule(model, 20), positive)
-    assert calls == 3
+    assert len(levels) == 3
     invert(model, {"samples": random_latent()}, schedule(model, 2), positive)  # and the next run works
 
 

@@ -18,7 +18,7 @@ from pastiche.nodes.inversion import DDIMInversion, InversionReport, MidpointSam
 from pastiche.nodes.styleid import LatentAdaIN
 from support.families import family_cond, family_latent, tiny_model
 from support.models import tiny_cond, tiny_unet
-from support.sampling import random_latent, schedule
+from support.sampling import cancelled_at, random_latent, schedule
 
 MEANS, WIDTH = (-0.7, 0.9), 0.6
 
@@ -122,16 +122,7 @@ def test_the_midpoint_sampler_undoes_midpoint_to_second_order(models, positive, 
 
 
 def test_the_midpoint_sampler_asks_once_a_step_and_stops_on_cancel(models, positive):
-    model, levels = models["flow"].clone(), []
-    inner = model.model_options["model_function_wrapper"]
-
-    def wrapper(apply_model, args):
-        levels.append(float(args["timestep"][0]))
-        if len(levels) == 6:
-            management.interrupt_current_processing()
-        return inner(apply_model, args)
-
-    model.set_model_unet_function_wrapper(wrapper)
+    model, levels = cancelled_at(models["flow"], 6)
     sigmas = torch.tensor([1.0, 0.5, 0.2, 0.0])
     noise = InvertedNoise(model, sigmas, torch.randn(1, 4, 4, 6, generator=torch.Generator().manual_seed(0)))
     for _ in range(2):
@@ -214,20 +205,10 @@ def test_batches_of_videos_equal_single_runs(models, positive):
 
 
 def test_cancel_stops_a_flow_inversion_within_a_step(models, positive):
-    model, calls = models["flow"].clone(), 0
-    inner = model.model_options["model_function_wrapper"]
-
-    def wrapper(apply_model, args):
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            management.interrupt_current_processing()
-        return inner(apply_model, args)
-
-    model.set_model_unet_function_wrapper(wrapper)
+    model, levels = cancelled_at(models["flow"], 3)
     with pytest.raises(management.InterruptProcessingException):
         invert(model, {"samples": clean((1, 4, 4, 4))}, schedule(model, 20, "simple"), positive)
-    assert calls == 3
+    assert len(levels) == 3
 
 
 def test_a_latent_of_another_size_or_batch_gets_a_sentence(models, positive):
