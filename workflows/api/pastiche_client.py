@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import os
 import socket
@@ -28,6 +29,7 @@ from typing import Any, Callable
 HERE = Path(__file__).resolve().parent
 _TEXT, _CLOSE, _PING, _PONG = 1, 8, 9, 10
 _LARGEST = 1 << 28  # bytes; latent previews are far below
+_SILENCE = 10.0  # seconds without a word after which the queue is asked
 
 
 class ServerError(Exception):
@@ -36,6 +38,14 @@ class ServerError(Exception):
 
 class Interrupted(ServerError):
     """The prompt was cancelled."""
+
+
+class Failed(ServerError):
+    """A node of the prompt raised an error; the server goes on."""
+
+
+class Refused(ServerError):
+    """The server answered with an error status."""
 
 
 @dataclass
@@ -133,14 +143,18 @@ class ComfyUI:
             with self._open(call, timeout=timeout) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
-            raise ServerError(_refusal(path, error.code, error.read())) from None
-        except OSError as error:
+            raise Refused(_refusal(path, error.code, _rest(error))) from None
+        except (OSError, http.client.HTTPException) as error:  # the latter: cut short, or no HTTP at all
             self.require_alive()
-            raise ServerError(f"{path} was not answered: {error}") from None
+            raise ServerError(f"{path} was not answered: {error or type(error).__name__}") from None
 
-    def get(self, path: str) -> Any:
-        """A GET's JSON."""
-        return json.loads(self.request(path))
+    def get(self, path: str, data: Any = None, headers: dict[str, str] | None = None, timeout: float = 60) -> Any:
+        """The JSON of a GET, or of a POST when there is `data`."""
+        body = self.request(path, data, headers, timeout)
+        try:
+            return json.loads(body)
+        except ValueError:
+            raise ServerError(f"{path} was answered with something else than JSON; is {self.url} a ComfyUI?") from None
 
     def object_info(self) -> dict[str, Any]:
         return self.get("/object_info")
@@ -149,18 +163,35 @@ class ComfyUI:
         """Cancels the prompt that is running."""
         self.request("/interrupt", {})
 
-    def upload(self, image: Path, name: str | None = None) -> str:
-        """Puts an image into the input folder; returns the name for LoadImage."""
-        image = Path(image)
+    def cancel(self, prompt_id: str, timeout: float = 10) -> None:
+        """Cancels one prompt, wherever it is by now, and nobody else's."""
+        self.request("/queue", {"delete": [prompt_id]}, timeout=timeout)
+        if prompt_id in self._ids(["queue_running"], timeout):
+            self.request("/interrupt", {"prompt_id": prompt_id}, timeout=timeout)
+
+    def _ids(self, which: list[str], timeout: float = 60) -> list[str]:
+        """Prompts that the server runs ("queue_running") or will run ("queue_pending"), at one moment."""
+        queue = self.get("/queue", timeout=timeout)
+        try:
+            return [entry[1] for name in which for entry in queue[name]]
+        except (LookupError, TypeError):
+            raise ServerError(f"/queue was answered with something else than a queue; is {self.url} a ComfyUI?") from None
+
+    def upload(self, image: Path | bytes, name: str | None = None) -> str:
+        """Puts an image, a file or its bytes, into the input folder; returns the name for LoadImage."""
+        data, name = (image, name or "image.png") if isinstance(image, bytes) else (Path(image).read_bytes(), name or Path(image).name)
         boundary = uuid.uuid4().hex
         head = (
             f'--{boundary}\r\nContent-Disposition: form-data; name="overwrite"\r\n\r\ntrue\r\n--{boundary}\r\n'
-            f'Content-Disposition: form-data; name="image"; filename="{name or image.name}"\r\n'
+            f'Content-Disposition: form-data; name="image"; filename="{name}"\r\n'
             "Content-Type: application/octet-stream\r\n\r\n"
         )
-        body = head.encode() + image.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
-        answer = json.loads(self.request("/upload/image", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"}))
-        return "/".join(part for part in (answer.get("subfolder"), answer["name"]) if part)
+        body = head.encode() + data + f"\r\n--{boundary}--\r\n".encode()
+        answer = self.get("/upload/image", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})
+        try:
+            return "/".join(part for part in (answer.get("subfolder"), answer["name"]) if part)
+        except (AttributeError, LookupError):
+            raise ServerError(f"/upload/image was answered without a name: {str(answer)[:200]}") from None
 
     def fetch(self, image: dict) -> bytes:
         """The file of one of Result.images."""
@@ -177,25 +208,62 @@ class ComfyUI:
     def run(
         self, prompt: dict[str, Any], on_progress: Callable[[Progress], None] | None = None, timeout: float = 3600
     ) -> Result:
-        """Queues an API-format graph and waits for it. Raises Interrupted, or ServerError with the node's message."""
-        client = uuid.uuid4().hex
+        """Queues an API-format graph and waits for it; cancels it when the waiting ends early, by Ctrl-C or in `on_progress`.
+
+        Raises Interrupted, Failed with the node's message, Refused, or another ServerError when the server is lost.
+        """
+        client, prompt_id = uuid.uuid4().hex, str(uuid.uuid4())
         try:
             socket_ = WebSocket(self.host_name, self.port, f"/ws?clientId={client}")
         except OSError as error:
             self.require_alive()
             raise ServerError(f"no WebSocket to the server: {error}") from None
         try:
-            answer = json.loads(self.request("/prompt", {"prompt": prompt, "client_id": client}))
-            cached = self._follow(socket_, prompt, answer["prompt_id"], on_progress, time.monotonic() + timeout)
+            answer = self.get("/prompt", {"prompt": prompt, "client_id": client, "prompt_id": prompt_id})
+            try:
+                prompt_id = answer["prompt_id"]
+            except (LookupError, TypeError):
+                raise ServerError(f"/prompt was answered without a prompt_id: {str(answer)[:200]}") from None
+            cached = self._follow(socket_, prompt, prompt_id, on_progress, time.monotonic() + timeout)
+        except (Interrupted, Failed, Refused):
+            raise
+        except BaseException:
+            try:
+                self.cancel(prompt_id, timeout=3)
+            except ServerError:  # then there is nobody to ask
+                pass
+            raise
         finally:
             socket_.close()
         # the socket tells of the end a moment before the history knows
         for _ in range(100):
-            history = self.get(f"/history/{answer['prompt_id']}")
-            if history:
-                return Result(answer["prompt_id"], history[answer["prompt_id"]]["outputs"], cached)
+            entry = self._history(prompt_id)
+            if entry:
+                return Result(prompt_id, entry["outputs"], cached)
             time.sleep(0.05)
-        raise ServerError(f"the server has no history of prompt {answer['prompt_id']}")
+        raise ServerError(f"the server has no history of prompt {prompt_id}")
+
+    def _history(self, prompt_id: str) -> dict | None:
+        """What the server keeps of a finished prompt. Raises Failed or Interrupted as it ended."""
+        history = self.get(f"/history/{prompt_id}")
+        entry = history.get(prompt_id) if isinstance(history, dict) else None
+        if entry is None:
+            return None
+        if not isinstance(entry, dict) or not isinstance(entry.get("outputs"), dict):
+            raise ServerError(f"/history was answered without outputs: {str(entry)[:200]}")
+        for kind, data in (entry.get("status") or {}).get("messages") or []:
+            _raise_end(kind, data, (entry.get("prompt") or [None, None, {}])[2])
+        return entry
+
+    def _left(self, prompt_id: str, connected: bool) -> bool:
+        """Whether a prompt of which nothing is heard is still to be waited for; False when it has finished."""
+        if prompt_id in self._ids(["queue_running", "queue_pending"]):
+            return True
+        if self._history(prompt_id):
+            return False
+        if connected:
+            raise Interrupted("somebody deleted the prompt from the server's queue")
+        raise ServerError(f"the server no longer knows the prompt. {self.log_end()}")
 
     def _follow(self, socket_: WebSocket, prompt: dict, prompt_id: str, on_progress, deadline: float) -> set[str]:
         finished: set[str] = set()
@@ -206,23 +274,44 @@ class ComfyUI:
             if on_progress:
                 on_progress(Progress(node, _title(prompt, node), value, maximum, len(finished), len(prompt)))
 
+        connected, heard = True, time.monotonic()
         while True:
             try:
+                if not connected:
+                    time.sleep(1)
+                    raise TimeoutError
                 message = socket_.receive(timeout=1)
+                heard = time.monotonic()
             except TimeoutError:
                 self.require_alive()
                 if time.monotonic() > deadline:
                     raise ServerError(f"the prompt did not finish in time. {self.log_end()}") from None
+                if not connected or time.monotonic() - heard > _SILENCE:
+                    if not self._left(prompt_id, connected):
+                        return cached
+                    heard = time.monotonic()
                 continue
-            except (Closed, OSError):
+            except (OSError, UnicodeDecodeError):  # Closed is one
                 time.sleep(0.5)  # let a dying server become a dead one
                 self.require_alive()
-                raise ServerError(f"the connection to the server was lost. {self.log_end()}") from None
+                connected = False  # the server may still work on it: from here on it is asked
+                try:
+                    if self._left(prompt_id, connected):
+                        continue
+                    return cached
+                except (Failed, Interrupted):
+                    raise
+                except ServerError as error:
+                    raise ServerError(f"the connection to the server was lost ({error}). {self.log_end()}") from None
             if isinstance(message, bytes):  # a latent preview
                 continue
-            event = json.loads(message)
-            kind, data = event["type"], event.get("data", {})
-            if data.get("prompt_id") != prompt_id:
+            try:
+                event = json.loads(message)
+                kind, data = event["type"], event.get("data") or {}
+                about = data.get("prompt_id")
+            except (ValueError, LookupError, TypeError, AttributeError):
+                raise ServerError(f"the server sent something else than an event: {message[:100]!r}") from None
+            if about != prompt_id:
                 continue
             if kind == "execution_cached":
                 cached = set(data["nodes"])
@@ -236,11 +325,25 @@ class ComfyUI:
                 tell(current, 0, 1)
             elif kind == "progress":
                 tell(data.get("node") or current, data["value"], data["max"])
-            elif kind == "execution_error":
-                where = f"{data.get('node_type')} ({_title(prompt, data.get('node_id'))})"
-                raise ServerError(f"{where}: {data.get('exception_type')}: {data.get('exception_message', '').strip()}")
-            elif kind == "execution_interrupted":
-                raise Interrupted(f"cancelled in {data.get('node_type')}")
+            else:
+                _raise_end(kind, data, prompt)
+
+
+def _raise_end(kind: str, data: dict, prompt: dict) -> None:
+    """The error that an event stands for, if it is one."""
+    if kind == "execution_error":
+        where = f"{data.get('node_type')} ({_title(prompt, data.get('node_id'))})"
+        raise Failed(f"{where}: {data.get('exception_type')}: {data.get('exception_message', '').strip()}")
+    if kind == "execution_interrupted":
+        raise Interrupted(f"cancelled in {data.get('node_type')}")
+
+
+def _rest(error: urllib.error.HTTPError) -> bytes:
+    """The body of an error answer, as far as it arrived."""
+    try:
+        return error.read()
+    except (OSError, http.client.HTTPException):
+        return b""
 
 
 def _title(prompt: dict, node: str | None) -> str:
@@ -288,8 +391,9 @@ class WebSocket:
             self._fill()
         head, _, rest = bytes(self._buffer).partition(b"\r\n\r\n")
         self._buffer = bytearray(rest)
-        if b" 101 " not in head.splitlines()[0]:
-            raise Closed(f"no WebSocket at {path}: {head.splitlines()[0].decode(errors='replace')}")
+        first = (head.splitlines() or [b""])[0]
+        if b" 101 " not in first:
+            raise Closed(f"no WebSocket at {path}: {first.decode(errors='replace')}")
 
     def receive(self, timeout: float | None = None) -> str | bytes:
         """The next message. After a TimeoutError receiving can go on: nothing that has arrived is lost."""
