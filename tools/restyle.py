@@ -111,8 +111,7 @@ def _members(options: argparse.Namespace, host: environment.Host | None):
     else:
         import torch
 
-        with tempfile.TemporaryDirectory(prefix="pastiche-restyle-") as base:
-            yield [Own(host, make_base(Path(base)), not torch.cuda.is_available(), options.timeout)]
+        yield [Own(host, make_base(Path(tempfile.mkdtemp(prefix="pastiche-restyle-"))), not torch.cuda.is_available(), options.timeout)]
 
 
 def work(options: argparse.Namespace, host: environment.Host | None, recipe: Recipe, results: Results, jobs: list[Job]) -> int:

@@ -75,7 +75,8 @@ class Crew:
         try:
             for thread in threads:
                 thread.start()
-            while any(thread.is_alive() for thread in threads):
+            # a member that is waited for, or still starting, holds up nobody
+            while any(thread.is_alive() for thread in threads) and self._jobs.waits():
                 watch()
                 time.sleep(0.1)
         finally:

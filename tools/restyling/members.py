@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from dataclasses import dataclass
 
@@ -89,7 +90,7 @@ class Attached(ComfyUI):
 
 
 class Own(Attached, Server):
-    """A headless ComfyUI of our own; `open` starts it, and starts it again where it has ended."""
+    """A headless ComfyUI of our own; `open` starts it, and starts it again where it has ended. `end` removes its folder."""
 
     def __init__(self, host, base, cpu: bool, timeout: float = 3600):
         Server.__init__(self, host, base, cpu=cpu)
@@ -105,3 +106,4 @@ class Own(Attached, Server):
 
     def end(self) -> None:
         Server.stop(self)
+        shutil.rmtree(self.base, ignore_errors=True)

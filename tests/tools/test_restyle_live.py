@@ -1,0 +1,61 @@
+"""tools/restyle.py with two ComfyUIs, one of which is killed on the way."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+
+import pytest
+import restyle
+from host import environment
+from host.comfy import Server, make_base
+from PIL import Image, ImageOps, ImageStat
+
+SMALL = ["--set", "Content size.largest_size=64", "--set", "Style size.largest_size=64", "--set", "Schedule.steps=2"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_eight_pictures_on_two_servers_one_of_which_is_killed(server, live_host, tmp_path, capsys):
+    samples = environment.ROOT / "assets" / "samples"
+    for kind, count in (("content", 2), ("style", 2)):
+        (tmp_path / kind).mkdir()
+        for path in sorted(path for path in samples.glob(f"{kind}_*") if path.suffix in (".jpg", ".png"))[:count]:
+            with Image.open(path) as image:
+                image.convert("RGB").save(tmp_path / kind / f"{path.stem}.png")
+                if kind == "content":
+                    ImageOps.mirror(image.convert("RGB")).save(tmp_path / kind / f"{path.stem} gespiegelt ä.png")
+    out = tmp_path / "out"
+
+    def lines():
+        text = (out / "restyle.jsonl").read_text() if (out / "restyle.jsonl").is_file() else ""
+        return [line for line in map(json.loads, text.splitlines()) if "name" in line]
+
+    with Server(live_host, make_base(tmp_path / "base")) as doomed:
+        def kill():
+            while not any(line["server"] == doomed.url for line in lines()):
+                time.sleep(0.02)
+            os.killpg(doomed.pid, signal.SIGKILL)
+            killed.set()
+
+        killed = threading.Event()
+        threading.Thread(target=kill, daemon=True).start()
+        code = restyle.main([str(tmp_path / "content"), str(tmp_path / "style"), "--servers", f"{doomed.url},{server.url}", "--output", str(out), "--patience", "1", *SMALL])
+    said = capsys.readouterr()
+    assert code == 0 and killed.is_set() and "8 made" in said.out, said.out + said.err
+    made = lines()
+    assert len({(line["content"], line["style"]) for line in made}) == len(made) == 8 == len(list(out.glob("*.png")))
+    by_server = Counter(line["server"] for line in made)
+    assert set(by_server) == {doomed.url, server.url}
+    # ComfyUI kept what was to be kept: on each server every picture was inverted at most once
+    for url in by_server:
+        ran = [line for line in made if line["server"] == url]
+        for title, side in (("Invert content", "content"), ("Invert style", "style")):
+            assert max(Counter(line[side] for line in ran if title in line["ran"]).values()) == 1
+    pictures = {}
+    for path in out.glob("*.png"):
+        with Image.open(path) as image:
+            assert max(image.size) == 64 and max(ImageStat.Stat(image.convert("RGB")).stddev) > 2
+            pictures[image.convert("RGB").tobytes()] = path.name
+    assert len(pictures) == 8

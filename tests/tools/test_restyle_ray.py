@@ -1,0 +1,104 @@
+"""tools/restyle.py --ray: a local Ray, workers that attach to stand-ins for ComfyUI or start them, one killed on the way."""
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+
+import pytest
+import restyle
+from host import environment
+from PIL import Image
+from restyling import UserError
+from support.stand_in import StandIn, made_of
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    for kind, names in (("contents", "abcd"), ("styles", "xy")):
+        (tmp_path / kind).mkdir()
+        for number, name in enumerate(names):
+            Image.new("RGB", (4, 4), (number, len(kind), 9)).save(tmp_path / kind / f"{name}.png")
+    return [str(tmp_path / "contents"), str(tmp_path / "styles"), "--output", str(tmp_path / "out"), "--ray", "local"]
+
+
+def journal(out):
+    text = (out / "restyle.jsonl").read_text() if (out / "restyle.jsonl").is_file() else ""
+    return [line for line in map(json.loads, text.splitlines()) if "name" in line]
+
+
+def kill_first_worker(out):
+    """As soon as a picture of its is there. The list gets the process id that was killed."""
+    killed = []
+
+    def act():
+        while not journal(out):
+            time.sleep(0.02)
+        pid = int(re.search(r"process (\d+)", journal(out)[0]["server"])[1])
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
+
+    threading.Thread(target=act, daemon=True).start()
+    return killed
+
+
+def check(out):
+    made = journal(out)
+    assert Counter((line["content"], line["style"]) for line in made) == Counter((f"{c}.png", f"{s}.png") for c in "abcd" for s in "xy")
+    pictures = {path.name: made_of(path.read_bytes()) for path in out.glob("*.png")}
+    assert set(pictures) == {f"{c}_{s}.png" for c in "abcd" for s in "xy"} and len(set(pictures.values())) == 8
+    return made
+
+
+def test_a_killed_workers_pictures_go_on_elsewhere(arguments, tmp_path, capsys):
+    with StandIn(0.3) as first, StandIn(0.3) as second:
+        killed = kill_first_worker(tmp_path / "out")
+        assert restyle.main([*arguments, "--servers", f"{first.url},{second.url}"]) == 0
+    assert not ray.is_initialized()
+    made = check(tmp_path / "out")
+    assert killed and sum(f"process {killed[0]} " in line["server"] for line in made) in (1, 2)  # 2: one was on its way
+    assert len({line["server"] for line in made}) >= 2
+    said = capsys.readouterr().out
+    assert "was lost, its pictures go to the others" in said and "8 made" in said
+    for server in (first, second):
+        assert set(server.interrupts) <= set(server.prompts)
+
+
+def test_workers_start_a_comfyui_each_which_dies_with_them(arguments, tmp_path, monkeypatch, capsys):
+    comfy = tmp_path / "ComfyUI"
+    (comfy / "comfy").mkdir(parents=True)
+    (comfy / "main.py").write_text(
+        f"import os, sys, threading; sys.path.insert(0, {str(environment.ROOT / 'tests')!r})\n"
+        "from support.stand_in import StandIn\n"
+        f"open(os.path.join({str(tmp_path)!r}, f'{{os.getppid()}}-{{os.getpid()}}.started'), 'w').close()\n"
+        "with StandIn(0.3, port=int(sys.argv[sys.argv.index('--port') + 1])):\n    threading.Event().wait()\n"
+    )
+    monkeypatch.setenv("COMFYUI_PATH", str(comfy))
+    monkeypatch.setenv("COMFYUI_PYTHON", sys.executable)
+    killed = kill_first_worker(tmp_path / "out")
+    assert restyle.main([*arguments, "--workers", "2"]) == 0, capsys.readouterr()
+    check(tmp_path / "out")
+    started = [tuple(map(int, path.stem.split("-"))) for path in tmp_path.glob("*.started")]
+    assert killed and len(started) >= 2 and killed[0] in {parent for parent, _ in started}
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for _, pid in started) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(os.path.exists(f"/proc/{pid}") for _, pid in started)
+
+
+def test_without_ray_one_sentence_tells_what_to_install(arguments, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="pip install ray"):
+        restyle.main(arguments)
+
+
+def test_a_cluster_that_is_not_there_is_one_sentence(arguments):
+    with pytest.raises(UserError, match="--ray auto: "):
+        restyle.main([*arguments[:-1], "auto"])
