@@ -19,6 +19,7 @@ from pastiche.nodes.host.trajectories import found_again
 from pastiche.nodes.host.trajectories.found_again import RESULTS, FoundAgain
 from pastiche.nodes.host.trajectories.inversion import invert
 from pastiche.nodes.inversion import DDIMInversion
+from support import neighbours
 from support.models import tiny_cond, tiny_unet
 from support.sampling import random_latent, schedule
 from support.styles import random_lora
@@ -332,6 +333,37 @@ def test_state_of_a_patch_that_changes_is_another_patch(model, evaluations):
     patch.factor = 0.5
     run(settings_of(patched))
     assert len(evaluations) == 2 * STEPS
+
+
+@pytest.mark.parametrize("node, setting", [
+    (neighbours.pag, 2.0), (neighbours.sag, 0.5), (neighbours.nag, 2.0), (neighbours.easycache, 1.0), (neighbours.lazycache, 1.0),
+    (neighbours.tome, 0.25), (neighbours.deep_shrink, 0.5),
+], ids=lambda part: getattr(part, "__name__", ""))
+def test_nodes_of_core_by_their_settings(model, node, setting):
+    found = digest(node(model))
+    assert found is not None and digest(node(model)) == found != digest(model)
+    assert digest(node(model, setting)) not in (None, found)
+
+
+def test_a_controlnet_in_the_conditioning(model, evaluations):
+    """By its network, picture and strength; the run that used it leaves it as it was."""
+    positive, _ = neighbours.controlled(tiny_cond(model), tiny_cond(model), (8, 8))
+    control = positive[0][1]["control"]
+    plain, computed = digest(positive), []
+    assert plain is not None
+    changes = [
+        ("strength", 0.25), ("cond_hint_original", control.cond_hint_original + 0.1), ("timestep_percent_range", (0.0, 0.5)),
+        ("control_model", type(control.control_model)), ("previous_controlnet", control.copy()),
+    ]
+    for name, value in changes:
+        kept = getattr(control, name)
+        setattr(control, name, value)
+        assert digest(positive) not in (None, plain), name
+        setattr(control, name, kept)
+    for _ in range(3):
+        run(settings_of(model, positive=positive))
+        computed.append(len(evaluations))
+    assert computed[0] == computed[1] == computed[2] > 0 and digest(positive) == plain
 
 
 # --- what is given out is one's own

@@ -25,7 +25,7 @@ NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, uuid.UUID
 PLAIN_SIZE = type("Plain", (), {}).__basicsize__  # of objects whose whole state is their __dict__
 SKIPPED = ("__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__annotations__", "__firstlineno__", "__static_attributes__")
 MOST_OBJECTS, MOST_BYTES = 50_000, 2 << 30  # that are looked through for one digest
-READ_WHOLE = 64 << 20  # bytes of weights up to which a module is told by its content, beyond by which object it is
+READ_WHOLE = 1 << 20  # bytes of weights up to which a module is told by its content, beyond by which object it is (loading changes those)
 PATCHES_WHOLE = 512 << 20  # bytes of weight patches, likewise
 
 _numbers = itertools.count(1)
