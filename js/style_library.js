@@ -97,6 +97,9 @@ function addGallery(node) {
     const hand = output?.[OUTPUT]?.[0];
     if (hand) view.setModel(hand);
   });
+  chain(node, "onConnectionsChange", (side, slot) => {
+    if (node.inputs?.[slot]?.name === "model" && side === window.LiteGraph.INPUT) view.setModel(null); // another model is known after a run
+  });
   chain(node, "onRemoved", () => {
     alive = false;
     galleries.delete(gallery);

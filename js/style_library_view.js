@@ -95,7 +95,7 @@ export class Gallery {
     if (document.activeElement !== this.limit) this.limit.value = limit ? Math.round(limit / 1e6) : "";
     const model = this.#hand && (this.#hand.model || this.#hand.family);
     this.own.disabled = !this.#hand;
-    this.ownLabel.title = model ? say("The model in hand: {model}", { model }) : say("The model in hand is known after a run.");
+    this.ownLabel.title = model ? say("The model of the last run: {model}", { model }) : say("The model in hand is known after a run.");
     this.#shown = this.#styles.filter((style) => !this.own.checked || this.own.disabled || !unfit(style, this.#hand));
     this.grid.replaceChildren(...this.#shown.map((style, i) => this.#tile(style, i)));
     this.#active = Math.min(Math.max(0, this.#shown.findIndex((style) => style.key === this.#value)), Math.max(0, this.#shown.length - 1));
@@ -222,7 +222,7 @@ export class Gallery {
 function unfit(style, hand) {
   if (style.problem) return style.problem;
   if (!hand || style.kind === "ready" || style.weights === hand.weights || (style.kind === "lora" && style.family === hand.family)) return "";
-  return say("made with {theirs}; the model in hand is {ours}", { theirs: model(style), ours: model(hand) });
+  return say("made with {theirs}; the model of the last run is {ours}", { theirs: model(style), ours: model(hand) });
 }
 
 const model = ({ model: name, family, weights }) => [name, family && `(${family})`].filter(Boolean).join(" ") || weights;

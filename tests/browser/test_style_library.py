@@ -101,7 +101,7 @@ def test_choose_run_save_and_delete(library, folder, artifacts):
     assert tile(library, mine, "[t.className.includes('unfit'), t.lastChild.textContent]") == [False, "mini.safetensors"]
     assert "kept" in tile(library, mine, "t.title") and "steps: 2" in tile(library, mine, "t.title")
     grey = tile(library, "saved/theirs.safetensors", "[t.className.includes('unfit'), t.title]")
-    assert grey[0] and "made with somebody_elses.safetensors (SDXL); the model in hand is mini.safetensors (Mini)" in grey[1]
+    assert grey[0] and "made with somebody_elses.safetensors (SDXL); the model of the last run is mini.safetensors (Mini)" in grey[1]
     assert library.page.evaluate("() => app.graph.nodes.map((n) => [...n.pos, ...n.size])") == places
     library.page.screenshot(artifacts / f"style_library_{library.mode}.png")
     click_on(library, "input[type=checkbox]")

@@ -46,7 +46,7 @@ def test_a_host_that_lacks_nothing_is_left_alone():
 
 def test_keywords_of_looks_are_dropped_where_unknown():
     io = completed(older())
-    made = io.Schema(node_id="X", search_aliases=["y"], inputs=[io.Float.Input("a", default=2.0, tooltip="t", advanced=True)])
+    made = io.Schema(node_id="X", search_aliases=["y"], is_dev_only=True, inputs=[io.Float.Input("a", default=2.0, tooltip="t", advanced=True)])
     assert (made.node_id, made.inputs[0].id, made.inputs[0].default, made.inputs[0].tooltip) == ("X", "a", 2.0, "t")
     assert io.Mask.Input("m", advanced=True).others == {"advanced": True}  # it takes anything
     assert io.Float.Output and io.Float.io_type == "FLOAT"
