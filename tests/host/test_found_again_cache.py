@@ -320,6 +320,20 @@ def test_what_cannot_be_told_is_never_found(model, evaluations):
     assert len(evaluations) == 2 * STEPS and not len(RESULTS)
 
 
+FACTOR, TABLE = 1.0, {"scale": 1.0}
+
+
+@pytest.mark.parametrize("name, value", [("FACTOR", 0.5), ("TABLE", {"scale": 2.0})])
+def test_a_modules_values_belong_to_its_functions(monkeypatch, name, value):
+    def patch(x):
+        return [x * FACTOR * y for y in TABLE.values()]
+
+    plain = digest(patch)
+    assert plain is not None and digest(patch) == plain
+    monkeypatch.setitem(globals(), name, value)
+    assert digest(patch) not in (None, plain)
+
+
 def test_state_of_a_patch_that_changes_is_another_patch(model, evaluations):
     class Patch:
         factor = 1.0

@@ -78,6 +78,25 @@ def _numerics() -> list[Any]:
     return states
 
 
+def _globals_of(function: types.FunctionType) -> dict[str, Any]:
+    """The plain values among the module's names that a function's code speaks of; its functions and classes are taken for fixed."""
+    names, codes = set(), [function.__code__]
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    found = {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
+    return {name: value for name, value in found.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    """A value, a tensor, or a collection of values."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    parts = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    return all(type(part) in SIMPLE or isinstance(part, torch.Tensor) for part in parts)
+
+
 class _Content:
     """Walks values and writes down what they are. An object met again is written as the number it had the first time."""
 
@@ -166,7 +185,7 @@ class _Content:
         self._write("function", function.__module__, function.__qualname__, code.co_filename, code.co_firstlineno)
         self._write(code.co_code, repr(code.co_consts), repr(code.co_names))
         cells = [cell.cell_contents for cell in function.__closure__ or ()]  # an empty cell is a ValueError
-        for part in (function.__defaults__, function.__kwdefaults__, cells, vars(function)):
+        for part in (function.__defaults__, function.__kwdefaults__, cells, vars(function), _globals_of(function)):
             self.add(part)
 
     def _class(self, kind: type) -> None:
