@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ui
 
 from .algorithms.lora import TARGETS
+from .algorithms.training import SCHEDULES
 from .host.checks import checked
 from .host.compatibility import io
 from .host.training.job import train_for_node
@@ -49,12 +50,14 @@ class TrainStyleLoRA(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "learning_rate", default=2e-4, min=1e-7, max=1.0, step=1e-7, round=False,
-                    tooltip="AdamW's learning rate, constant. The paper uses 0.0002; small models need more.",
+                    tooltip="AdamW's learning rate, constant unless schedule says otherwise. The paper uses 0.0002; small models "
+                    "need more.",
                 ),
                 io.Combo.Input(
                     "targets", options=list(TARGETS), default="qkv",
                     tooltip="Which layers get a LoRA. qkv: queries, keys, values (the paper, against overfitting). "
-                    "qkv+out: also the attention's output layer. all: every linear layer.",
+                    "qkv+out: also the attention's output layer. all: every linear layer. all+conv: convolutions too, which "
+                    "learn texture and a picture itself fastest.",
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=io.ControlAfterGenerate.fixed,
@@ -98,6 +101,21 @@ class TrainStyleLoRA(io.ComfyNode):
                     tooltip="Name of a training state, kept in output/loras every 50 steps, at the end and on cancel. If it "
                     "exists, training goes on from it until `steps` are done, as if never interrupted. Empty: none.",
                 ),
+                io.Combo.Input(
+                    "schedule", options=list(SCHEDULES), default="constant", optional=True, advanced=True,
+                    tooltip="The learning rate over the steps. constant: the paper. cosine: rises for a tenth of the steps, then "
+                    "falls to nothing, which allows a higher rate and ends with less noise.",
+                ),
+                io.Float.Input(
+                    "clean_weight", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
+                    tooltip="Adds this many times the error of the clean latent to the loss, so that high noise, where tones and "
+                    "layout form, counts more: 0.02 to 0.1 for noise-predicting models. 0: the loss of the paper.",
+                ),
+                io.Int.Input(
+                    "validation_every", default=0, min=0, max=10000, optional=True, advanced=True,
+                    tooltip="Measures the loss on 8 fixed draws of noise and timestep that training never uses, every so many "
+                    "steps, and draws it in loss_plot: it falls smoothly where single losses jump. 0: never.",
+                ),
             ],
             outputs=[
                 io.Custom("LORA_MODEL").Output(
@@ -107,7 +125,8 @@ class TrainStyleLoRA(io.ComfyNode):
                 io.Int.Output(display_name="steps", tooltip="Steps done altogether, for the file name of Save LoRA Weights."),
                 io.Image.Output(
                     display_name="loss_plot",
-                    tooltip="The loss of every step as points, and their running mean, which shows the trend. For Preview Image.",
+                    tooltip="The loss of every step as points, and their running mean, which shows the trend; with "
+                    "validation_every the held-out loss too. For Preview Image.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -120,6 +139,6 @@ class TrainStyleLoRA(io.ComfyNode):
             model, positive, latents, image, vae, TrainingSettings(**settings), checkpoint, cls.hidden.unique_id
         )
         return io.NodeOutput(
-            trained.lora, {"loss": trained.losses}, trained.steps, loss_plot(trained.losses, LOSS_WINDOW),
+            trained.lora, {"loss": trained.losses}, trained.steps, loss_plot(trained.losses, LOSS_WINDOW, trained.validation),
             ui=ui.PreviewText(trained.summary()),
         )

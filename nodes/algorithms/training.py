@@ -6,11 +6,14 @@ linearly, D = c m + ..., so the squared error of m is that of D divided by c^2: 
 
 from __future__ import annotations
 
+import math
 from typing import Callable
 
 import torch
 from torch import Tensor
 
+SCHEDULES = ("constant", "cosine")
+WARM_UP = 0.1  # of a cosine schedule's steps
 Scaling = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(sigma (B,), first (B, 1), second (B, 1)) -> (B, 1)"""
 
@@ -29,13 +32,27 @@ def signal_to_noise(noise_scaling: Scaling, sigma: Tensor) -> Tensor:
     return (signal / noise) ** 2
 
 
-def loss_weight(gain: Tensor, snr: Tensor, min_snr_gamma: float) -> Tensor:
+def loss_weight(gain: Tensor, snr: Tensor, min_snr_gamma: float, clean_weight: float = 0.0) -> Tensor:
     """(B,): weight of |D - x0|^2.
 
     gamma 0: 1 / c^2, the plain error of the model's own output. Else min(SNR, gamma) (Hang et al. 2023), which
-    is min(SNR, gamma) / SNR on eps and min(SNR, gamma) / (SNR + 1) on v.
+    is min(SNR, gamma) / SNR on eps and min(SNR, gamma) / (SNR + 1) on v. clean_weight adds that many times the
+    error of x0 itself, which the error of eps all but leaves out at high noise; 1 beside eps is the error of v.
     """
-    return snr.clamp(max=min_snr_gamma) if min_snr_gamma > 0 else gain**-2
+    weight = snr.clamp(max=min_snr_gamma) if min_snr_gamma > 0 else gain**-2
+    return weight + clean_weight if clean_weight > 0 else weight
+
+
+def rate_share(schedule: str, step: int, steps: int) -> float:
+    """The learning rate of a step (from 0) as a share of the given one.
+
+    cosine: rises evenly over the first tenth, times half a cosine that would reach 0 after the last step.
+    """
+    if schedule == "constant":
+        return 1.0
+    if schedule != "cosine":
+        raise ValueError(f'schedule: got "{schedule}", choose among {", ".join(SCHEDULES)}.')
+    return min(1.0, (step + 1) / (WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def weighted_error(denoised: Tensor, clean: Tensor, weight: Tensor) -> Tensor:

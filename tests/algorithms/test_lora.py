@@ -3,11 +3,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pastiche.nodes.algorithms.lora import add_rows, apply_low_rank, init_low_rank, select_targets
+from pastiche.nodes.algorithms.lora import add_rows, apply_low_rank, convolve_low_rank, init_low_rank, select_targets
 from pastiche.nodes.algorithms.training import (
     loss_weight,
     output_gain,
     random_crop,
+    rate_share,
     signal_to_noise,
     step_generator,
     weighted_error,
@@ -30,7 +31,7 @@ ADM = ["joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.x_block.mlp.fc1", "lay
 def test_targets():
     assert select_targets(UNET, "qkv") == [UNET[1], UNET[3], UNET[5]]
     assert select_targets(UNET, "qkv+out") == [UNET[1], UNET[2], UNET[3], UNET[5]]
-    assert select_targets(UNET, "all") == UNET
+    assert select_targets(UNET, "all") == UNET and select_targets(UNET, "all+conv") == UNET
     assert select_targets(FLUX, "qkv") == ["double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"]
     assert select_targets(FLUX, "qkv+out") == [FLUX[1], FLUX[2], FLUX[4], FLUX[5]]
     assert select_targets(ADM, "qkv") == [ADM[0]] and select_targets(ADM, "qkv+out") == [ADM[0], ADM[2]]
@@ -48,6 +49,28 @@ def test_initialisation_is_seeded_and_starts_at_nothing():
     again, _ = init_low_rank(40, 24, 8, torch.Generator().manual_seed(3))
     assert torch.equal(down, again) and not up.any()
     assert init_low_rank(4000, 2, 8, torch.Generator().manual_seed(0))[0].std() == pytest.approx(1 / 8, rel=0.02)
+
+
+def test_a_convolutions_window_changes_neither_the_start_nor_its_size():
+    down, up = init_low_rank(400, 24, 8, torch.Generator().manual_seed(0), (3, 3))
+    assert down.shape == (8, 400, 3, 3) and up.shape == (24, 8, 1, 1) and not up.any()
+    # D sums over nine cells: its output on unit noise is as large as a linear layer's, sqrt(400) / 8.
+    assert down.flatten(1).norm(dim=1).mean() == pytest.approx(400**0.5 / 8, rel=0.02)
+
+
+@pytest.mark.parametrize("stride, padding", [(1, 1), (2, 0)])
+def test_convolution_equals_merged_weights(stride, padding, generator):
+    """float64: U (D * x) beside W * x is (W + scale U D) * x, with its gradient."""
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    weight, x, low = draw(5, 4, 3, 3), draw(2, 4, 7, 6), [draw(2, 4, 3, 3), draw(5, 2, 1, 1)]
+    convolve = lambda x, kernel: F.conv2d(x, kernel, None, stride, padding)
+    beside, merged = ([t.clone().requires_grad_() for t in low] for _ in range(2))
+    found = convolve(x, weight) + convolve_low_rank(convolve, x, *beside, 1.7)
+    change = (merged[1].flatten(1) @ merged[0].flatten(1)).reshape(weight.shape)
+    expected = convolve(x, weight + 1.7 * change)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found.square().sum(), beside), torch.autograd.grad(expected.square().sum(), merged)):
+        torch.testing.assert_close(a, b)
 
 
 def test_gradient_equals_autograd_on_merged_weights(generator):
@@ -111,6 +134,26 @@ def test_min_snr_equals_its_published_forms():
     torch.testing.assert_close(v, snr.clamp(max=5) / (snr + 1))
     flow = signal_to_noise(lambda s, noise, latent: s[:, None] * noise + (1 - s[:, None]) * latent, sigma[:2])
     torch.testing.assert_close(flow, ((1 - sigma[:2]) / sigma[:2]) ** 2)
+
+
+def test_clean_weight_beside_eps_is_the_error_of_v():
+    """eps + (x0 error) = (1 / s^2 + 1) (x0 error) = (s^2 + 1) / s^2 (x0 error), which is the error of v."""
+    sigma = torch.tensor([0.05, 1.0, 14.6], dtype=torch.float64)
+    eps, v = (output_gain(kind, sigma) for kind in (_eps, _v))
+    torch.testing.assert_close(loss_weight(eps, sigma**-2, 0, 1.0), loss_weight(v, sigma**-2, 0))
+    both = loss_weight(eps, sigma**-2, 5.0, 0.5)  # SNR 400, 1 and 1 / 14.6^2
+    torch.testing.assert_close(both, torch.tensor([5.5, 1.5, 14.6**-2 + 0.5], dtype=torch.float64))
+
+
+def test_schedules():
+    assert [rate_share("constant", step, 9) for step in range(9)] == [1.0] * 9
+    cosine = [rate_share("cosine", step, 40) for step in range(40)]
+    plain = [np.cos(np.pi * step / 80) ** 2 for step in range(40)]  # (1 + cos x) / 2 = cos^2 (x / 2)
+    assert cosine[:4] == pytest.approx([plain[step] * (step + 1) / 4 for step in range(4)])
+    assert cosine[4:] == pytest.approx(plain[4:]) and 0 < cosine[-1] < 0.002
+    assert rate_share("cosine", 0, 1) == 1.0
+    with pytest.raises(ValueError, match='schedule: got "linear", choose among constant, cosine'):
+        rate_share("linear", 0, 9)
 
 
 def test_step_generators_are_reproducible_and_unlike():

@@ -60,11 +60,16 @@ def test_merged_lora_lowers_the_loss_it_was_trained_on():
     assert styled < 0.98 * base
 
 
-def test_gradients_equal_merged_weights_in_float64():
+@pytest.mark.parametrize("targets", ["qkv", "all+conv"])
+def test_gradients_equal_merged_weights_in_float64(targets):
     """U-Net in float64: adapters beside the weights against autograd through W + scale U D."""
     network = on_cpu(trainable("sd15", torch.float64)).model.diffusion_model
     generator = torch.Generator().manual_seed(1)
-    adapters = Adapters(network, "qkv", 2, 4.0, generator)
+    adapters = Adapters(network, targets, 2, 4.0, generator)
+    kinds = (torch.nn.Linear, torch.nn.Conv2d) if targets == "all+conv" else torch.nn.Linear
+    every = [name for name, module in network.named_modules() if isinstance(module, kinds)]
+    expected = [name for name in every if targets == "all+conv" or name.endswith(("to_q", "to_k", "to_v"))]
+    assert sorted(adapters.down) == sorted(expected)
     for parameter in adapters.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3
     x, context = (torch.randn(shape, generator=generator).double() for shape in ((1, 4, 8, 8), (1, 5, 32)))
@@ -75,26 +80,29 @@ def test_gradients_equal_merged_weights_in_float64():
     for name, module in network.named_modules():
         if name in adapters.down:
             low = adapters.down[name], adapters.up[name]
-            merged[f"{name}.weight"] = module.weight.detach() + 2.0 * low[1] @ low[0]
+            change = low[1].flatten(1) @ low[0].flatten(1)
+            merged[f"{name}.weight"] = module.weight.detach() + 2.0 * change.reshape(module.weight.shape)
     loss = torch.func.functional_call(network, merged, (x, torch.tensor([300.0]), context)).square().mean()
     expected = torch.autograd.grad(loss, adapters.parameters())
     assert_same_gradients(beside, expected, rtol=1e-9, floor=1e-12)
 
 
-def test_saved_alpha_is_the_strength_that_was_trained():
+@pytest.mark.parametrize("targets", ["qkv", "all+conv"])
+def test_saved_alpha_is_the_strength_that_was_trained(targets):
     """Core's merge of the file at strength 1 adds alpha / rank U D, what the attached adapters compute."""
     model, generator = on_cpu(tiny_unet()), torch.Generator().manual_seed(1)
-    adapters = Adapters(model.model.diffusion_model, "qkv", 2, 7.0, generator)
+    adapters = Adapters(model.model.diffusion_model, targets, 2, 7.0, generator)
     for up in adapters.up.values():
         torch.nn.init.normal_(up, std=0.3, generator=generator)
     merged, _ = comfy.sd.load_lora_for_models(model, None, adapters.state_dict(), 1.0, 0.0)
     assert len(merged.patches) == len(adapters.up)
     for name, up in adapters.up.items():
         key = f"diffusion_model.{name}.weight"
-        weight = torch.zeros(up.shape[0], adapters.down[name].shape[1], dtype=torch.float64)
+        down = adapters.down[name].detach().double()
+        weight = torch.zeros(up.shape[0], *down.shape[1:], dtype=torch.float64)
         found = comfy.lora.calculate_weight(merged.patches[key], weight, key, intermediate_dtype=torch.float64)
-        expected = 7.0 / 2 * up.detach().double() @ adapters.down[name].detach().double()
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        expected = 7.0 / 2 * up.detach().double().flatten(1) @ down.flatten(1)
+        torch.testing.assert_close(found, expected.reshape(weight.shape), rtol=1e-9, atol=1e-12)
 
 
 def test_same_seed_same_file():
@@ -205,7 +213,7 @@ def test_checkpoints_see_the_options_of_their_own_block():
 
 @pytest.mark.parametrize("options", [
     {"targets": "qkv+out"}, {"targets": "all"}, {"precision": "bf16"}, {"min_snr_gamma": 5.0}, {"alpha": 1.0},
-    {"precision": "fp16"},
+    {"precision": "fp16"}, {"targets": "all+conv", "gradient_checkpointing": True}, {"clean_weight": 0.1}, {"schedule": "cosine"},
 ])
 def test_options(options):
     model = tiny_unet()

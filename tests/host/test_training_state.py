@@ -59,6 +59,33 @@ def test_resume_counts_only_the_steps_that_fp16_took(train, monkeypatch):
     assert resumed.losses == whole.losses and same(resumed.lora, whole.lora)
 
 
+def test_a_cosine_goes_on_only_over_the_same_number_of_steps(train, monkeypatch):
+    monkeypatch.setattr(training_state, "SAVE_EVERY", 1)
+    settings = {"schedule": "cosine", "clean_weight": 0.1, "validation_every": 2}
+    whole = train(6, "", **settings)
+    with monkeypatch.context() as patch:  # stops as a crash does: the last file is that of step 2
+        patch.setattr("pastiche.nodes.host.training.progress.NodeProgress.update", lambda self, step, *rest: 1 / (step < 3))
+        with pytest.raises(ZeroDivisionError):
+            train(6, **settings)
+    with pytest.raises(ValueError, match="its schedule is cosine over 6 steps, this one's is cosine over 7 steps"):
+        train(7, **settings)
+    with pytest.raises(ValueError, match="its schedule is cosine over 6 steps, this one's is constant"):
+        train(6, clean_weight=0.1)
+    with pytest.raises(ValueError, match="its clean_weight is 0.1, this one's is 0.0"):
+        train(6, schedule="cosine")
+    resumed = train(6, **settings)
+    assert same(resumed.lora, whole.lora) and resumed.losses == whole.losses and resumed.validation == whole.validation
+
+
+def test_a_state_without_the_newer_settings_has_their_defaults(train, folder):
+    train(2)
+    with safetensors.safe_open(str(folder / "style.training.safetensors"), framework="pt") as file:
+        assert not {"schedule", "clean_weight"} & set(json.loads(file.metadata()["identity"]))  # as earlier versions wrote it
+    with pytest.raises(ValueError, match="its clean_weight is 0.0, this one's is 0.1"):
+        train(3, clean_weight=0.1)
+    assert train(3).steps == 3
+
+
 def test_a_finished_training_is_handed_on_and_said_to_be(train):
     done = train(3)
     again = train(3)

@@ -130,3 +130,57 @@ def test_posterior_is_sampled_where_the_vae_has_one():
     spread = torch.stack([draw(seed) for seed in range(200)]).std(dim=0)
     torch.testing.assert_close(spread, std, rtol=0.3, atol=0)
     assert not vae.first_stage_model.regularization._forward_pre_hooks
+
+
+def test_the_schedule_sets_the_rate_of_every_step(monkeypatch):
+    rates, plain = [], torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        rates.append([group["lr"] for group in self.param_groups])
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train(tiny_unet(), steps=4, learning_rate=1e-2, schedule="cosine")
+    half = 0.5**0.5
+    assert [rate for (rate,) in rates] == pytest.approx([1e-2, 1e-2 * (1 + half) / 2, 5e-3, 1e-2 * (1 - half) / 2])
+
+
+def test_clean_weight_adds_the_error_of_the_clean_latent(monkeypatch):
+    """Loss of the first step with weight w: the plain one, times 1 + w sigma^2 for a model that predicts noise."""
+    sigmas, plain = [], lora_training._TrainingLoop._losses
+
+    def losses(self, conds, latents, sigma, noise):
+        sigmas.append(float(sigma))
+        return plain(self, conds, latents, sigma, noise)
+
+    monkeypatch.setattr(lora_training._TrainingLoop, "_losses", losses)
+    model, still = tiny_unet(), {"steps": 2, "learning_rate": 1e-12}
+    without, added = train(model, **still).losses, train(model, **still, clean_weight=0.3).losses
+    assert added == pytest.approx([loss * (1 + 0.3 * sigma**2) for loss, sigma in zip(without, sigmas)], rel=1e-5)
+
+
+def test_held_out_loss_is_measured_on_time_and_disturbs_nothing():
+    model = tiny_unet()
+    plain, watched = train(model, steps=5), train(model, steps=5, validation_every=2)
+    assert [step for step, _ in watched.validation] == [0, 2, 4, 5] and not plain.validation
+    assert same(plain.lora, watched.lora) and plain.losses == watched.losses
+    other = train(model, steps=1, validation_every=9, seed=77)
+    assert [step for step, _ in other.validation] == [0, 1] and other.validation[0] == watched.validation[0]
+    first, last = watched.validation[0][1], watched.validation[-1][1]
+    assert watched.summary().endswith(f"held-out loss {first:.4f} to {last:.4f}")
+
+
+def test_held_out_loss_is_that_of_the_model_on_eight_levels():
+    """By hand from the model without a LoRA: eps at eight evenly spaced levels, the noise of a generator of its own."""
+    model, data = tiny_unet(), images()
+    found = train(model, data, steps=1, validation_every=1).validation[0][1]
+    sampling, generator = model.model.model_sampling, step_generator(0, -3)
+    total, (context, _) = 0.0, tiny_cond(model)[0]
+    for number in range(8):
+        latent = model.model.process_latent_in(data.draw([0], generator, False, 1.0)).to(model.load_device)
+        noise = torch.randn(latent.shape, generator=generator).to(latent)
+        sigma = sampling.sigmas[1000 * (2 * number + 1) // 16].reshape(1).to(latent)
+        with torch.no_grad():
+            denoised = model.model.apply_model(latent + sigma * noise, sigma, c_crossattn=context.to(latent))
+        total += float(((denoised - latent) / sigma).square().mean())
+    assert found == pytest.approx(total / 8, rel=1e-4)

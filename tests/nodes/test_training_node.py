@@ -70,6 +70,25 @@ def test_loss_plot_shows_points_and_their_mean():
     assert torch.equal(loss_plot([1.0, 1.0], 20), loss_plot([1.0, 1.0], 20)) and loss_plot([0.0, 0.0], 20).shape[-1] == 3
 
 
+def test_loss_plot_draws_the_held_out_loss_beside_them():
+    """Losses of 1 and a held-out loss from 2 to 0: its line goes from the top left corner to the bottom right one."""
+    picture = (loss_plot([1.0] * 10, 2, [(0, 2.0), (5, float("nan")), (10, 0.0)])[0] * 255).round().int()
+    line = (picture == torch.tensor((30, 125, 70))).all(dim=-1)
+    line[:36] = False  # the legend
+    rows, columns = line.nonzero().T
+    expected = 40 + (columns - 72) * (384 - 40) / (752 - 72)
+    assert columns.min() <= 72 and columns.max() >= 750 and float((rows - expected).abs().max()) <= 5
+    plain = (loss_plot([1.0] * 10, 2)[0] * 255).round().int()
+    assert not (plain == torch.tensor((30, 125, 70))).all(dim=-1).any()
+
+
+def test_the_node_hands_the_held_out_loss_to_the_plot():
+    model = tiny_unet()
+    latents = {"samples": torch.randn(1, 4, 8, 8)}
+    plot = execute(model=model, positive=tiny_cond(model), latents=latents, validation_every=1).result[3]
+    assert ((plot * 255).round().int() == torch.tensor((30, 125, 70))).all(dim=-1).any()
+
+
 def test_seed_starts_fixed():
     seed = next(entry for entry in TrainStyleLoRA.GET_SCHEMA().inputs if entry.id == "seed")
     assert seed.as_dict()["control_after_generate"] == "fixed"

@@ -1,4 +1,4 @@
-"""Low-rank adapters beside the frozen linear layers of a loaded model."""
+"""Low-rank adapters beside the frozen linear and convolution layers of a loaded model."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from typing import Iterator
 import torch
 from torch import Tensor, nn
 
-from ...algorithms.lora import apply_low_rank, init_low_rank, select_targets
+from ...algorithms.lora import apply_low_rank, convolve_low_rank, init_low_rank, select_targets
 
 PREFIX = "diffusion_model."
 
 
-def linear_layers(network: nn.Module) -> dict[str, nn.Linear]:
-    """The network's linear layers by name."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+def target_layers(network: nn.Module, convolutions: bool = False) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The network's linear layers by name, on demand its convolutions of pictures too."""
+    return {
+        name: module for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) or convolutions and isinstance(module, nn.Conv2d) and module.groups == 1
+    }
 
 
 class Adapters:
-    """Trainable LoRAs of some linear layers, float32, on one device."""
+    """Trainable LoRAs of some linear and convolution layers, float32, on one device."""
 
     def __init__(self, network: nn.Module, targets: str, rank: int, alpha: float, generator: torch.Generator):
-        layers = linear_layers(network)
+        layers = target_layers(network, targets == "all+conv")
         names = select_targets(layers, targets)
         if not names:
             raise ValueError(
@@ -36,7 +39,10 @@ class Adapters:
         self.down: dict[str, nn.Parameter] = {}
         self.up: dict[str, nn.Parameter] = {}
         for name, module in self._modules.items():
-            down, up = init_low_rank(module.in_features, module.out_features, rank, generator)
+            if isinstance(module, nn.Linear):
+                down, up = init_low_rank(module.in_features, module.out_features, rank, generator)
+            else:
+                down, up = init_low_rank(module.in_channels, module.out_channels, rank, generator, module.kernel_size)
             self.down[name], self.up[name] = nn.Parameter(down), nn.Parameter(up)
 
     def to(self, device: torch.device) -> "Adapters":
@@ -77,7 +83,12 @@ class Adapters:
             down, up = self.down[name], self.up[name]
 
             def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-                return output + apply_low_rank(args[0], down, up, scale) if self._on else output
+                if not self._on:
+                    return output
+                if isinstance(module, nn.Linear):
+                    return output + apply_low_rank(args[0], down, up, scale)
+                convolve = lambda x, kernel: module._conv_forward(x, kernel, None)  # as a tiling node may have changed it
+                return output + convolve_low_rank(convolve, args[0], down, up, scale)
 
             return hook
 

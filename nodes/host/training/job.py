@@ -14,7 +14,7 @@ from .images import training_images
 from .state import TrainingState, state_path
 
 RESUMABLE = ("rank", "alpha", "learning_rate", "targets", "seed", "batch_size", "flip", "crop", "min_snr_gamma")
-"""Settings that a resumed training must share with the one it continues."""
+"""Settings that a resumed training must share with the one it continues, beside schedule and clean_weight."""
 
 
 def train_for_node(
@@ -34,7 +34,7 @@ def train_for_node(
     if path is not None:
         state = TrainingState(path, {
             "model": "/".join(fingerprint(model)), "image": images.digest(), "positive": _conditioning_digest(positive),
-            **{name: getattr(settings, name) for name in RESUMABLE},
+            **{name: getattr(settings, name) for name in RESUMABLE}, **_newer_settings(settings),
         })
     progress = NodeProgress(settings.steps, model, node_id)
     clock = TimeLeft(settings.steps, state.step)
@@ -47,6 +47,12 @@ def train_for_node(
     trained = train_style_lora(model, images, positive, settings, report, state)
     progress.say(trained.summary())
     return trained
+
+
+def _newer_settings(settings: TrainingSettings) -> dict[str, Any]:
+    """Settings that states of earlier versions do not name. A cosine belongs to its number of steps."""
+    named = {"schedule": f"cosine over {settings.steps} steps"} if settings.schedule == "cosine" else {}
+    return {**named, "clean_weight": settings.clean_weight} if settings.clean_weight else named
 
 
 def _conditioning_digest(positive: list) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator
 
 import comfy.model_management
@@ -19,7 +19,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...algorithms.inversion import ddim_step
-from ...algorithms.training import loss_weight, output_gain, signal_to_noise, step_generator, weighted_error
+from ...algorithms.training import loss_weight, output_gain, rate_share, signal_to_noise, step_generator, weighted_error
 from ..checks import unlike_shapes_told
 from ..networks.neighbours import plain_pass
 from .adapters import Adapters
@@ -36,9 +36,10 @@ from .checks import check_conditioning, check_inputs
 from .images import TrainingImages
 from .state import TrainingState
 
-INITIALISATION, PREVIEW = -1, -2  # steps of `step_generator` that are no training steps
+INITIALISATION, PREVIEW, VALIDATION = -1, -2, -3  # steps of `step_generator` that are no training steps
 ACTIVATION_FACTOR = 4  # a training step's memory over an inference step's, for ComfyUI's estimate
 PREVIEW_STEPS = 12
+VALIDATION_DRAWS = 8
 LOSS_WINDOW = 20  # steps whose mean loss is told: one step's depends mostly on its timestep
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("model", *DTYPES)
@@ -46,7 +47,7 @@ PRECISIONS = ("model", *DTYPES)
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """alpha 0 means alpha = rank; crop 1 means whole images; min_snr_gamma 0 means the plain loss."""
+    """alpha 0 means alpha = rank; crop 1 means whole images; min_snr_gamma and clean_weight 0 mean the plain loss."""
 
     steps: int = 200
     rank: int = 16
@@ -62,21 +63,30 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     keep_on_cancel: bool = False
     preview_every: int = 0
+    schedule: str = "constant"
+    clean_weight: float = 0.0
+    validation_every: int = 0
 
 
 @dataclass
 class TrainedLoRA:
-    """lora: standard keys, float32, CPU. note: why training ended early, or "". trouble: what else went wrong, or ""."""
+    """lora: standard keys, float32, CPU. note: why training ended early, or "". trouble: what else went wrong, or "".
+
+    validation: (steps done, held-out loss), where it was asked for.
+    """
 
     lora: dict[str, Tensor]
     losses: list[float]
     steps: int
     note: str = ""
     trouble: str = ""
+    validation: list[tuple[int, float]] = field(default_factory=list)
 
     def summary(self) -> str:
         tail = self.losses[-LOSS_WINDOW:]
         done = self.note or f"{self.steps} steps, mean loss of the last {len(tail)}: {sum(tail) / len(tail):.4f}"
+        if self.validation:
+            done += f", held-out loss {self.validation[0][1]:.4f} to {self.validation[-1][1]:.4f}"
         return f"{done} {self.trouble}".rstrip()
 
 
@@ -193,7 +203,7 @@ class _TrainingLoop(comfy.samplers.Sampler):
             losses = list(state.losses)
             if len(losses) == 1:  # core's loss graph needs two points: the same draw after the step
                 losses.append(self._step(0, None))
-        self.result = TrainedLoRA(self._adapters.state_dict(), losses, state.step, note, state.trouble)
+        self.result = TrainedLoRA(self._adapters.state_dict(), losses, state.step, note, state.trouble, list(state.validation))
         return latent_image
 
     def _train(self, parameters: list, optimizer: Any, scaler: Any) -> str:
@@ -201,6 +211,8 @@ class _TrainingLoop(comfy.samplers.Sampler):
         settings, state = self._settings, self._state
         first = state.step
         good = [parameter.detach().clone() for parameter in parameters]
+        if settings.validation_every and not state.validation:
+            state.validation.append((first, self._held_out()))
         while state.step < settings.steps:
             comfy.model_management.throw_exception_if_processing_interrupted()
             loss = self._step(state.step, scaler)
@@ -209,12 +221,16 @@ class _TrainingLoop(comfy.samplers.Sampler):
             torch._foreach_copy_(good, [parameter.data for parameter in parameters])
             if state.step == first:
                 self._adapters.report_idle()
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * rate_share(settings.schedule, state.step, settings.steps)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             if not _finite(parameters):
                 return self._ruined(parameters, good, "The LoRA became NaN", state.step)
             state.advance(loss)
+            if settings.validation_every and (state.step % settings.validation_every == 0 or state.step == settings.steps):
+                state.validation.append((state.step, self._held_out()))
             due = settings.preview_every and state.step % settings.preview_every == 0
             self._report(state.step, loss, self._preview() if due else None)
             state.save(self._adapters, optimizer, scaler)
@@ -269,6 +285,19 @@ class _TrainingLoop(comfy.samplers.Sampler):
         latents = self._model.process_latent_in(latents.to(self._device))
         return indices, latents, sampling.sigmas[level.to(sampling.sigmas.device)].to(latents), noise.to(self._device)
 
+    def _held_out(self) -> float:
+        """Mean loss of draws that training never uses, the same for every seed: whole images, evenly spaced levels."""
+        generator, sampling = step_generator(0, VALIDATION), self._model.model_sampling
+        total = 0.0
+        for number in range(VALIDATION_DRAWS):
+            indices = [number % len(self._images)]
+            latents = self._images.draw(indices, generator, False, 1.0)
+            noise = torch.randn(latents.shape, generator=generator).to(self._device)
+            level = sampling.sigmas[int((number + 0.5) / VALIDATION_DRAWS * len(sampling.sigmas))]
+            latents = self._model.process_latent_in(latents.to(self._device))
+            total += self._accumulate(indices, latents, level.reshape(1).to(latents), noise, None)
+        return total / VALIDATION_DRAWS
+
     def _accumulate(self, indices: list[int], latents: Tensor, sigma: Tensor, noise: Tensor, scaler: Any) -> float:
         """Mean loss of a batch. With a scaler its gradients are added up, without one nothing is differentiated."""
         total = 0.0
@@ -304,7 +333,8 @@ class _TrainingLoop(comfy.samplers.Sampler):
     def _losses(self, conds: list, latents: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         sampling = self._model.model_sampling
         gain = output_gain(sampling.calculate_denoised, sigma)
-        weight = loss_weight(gain, signal_to_noise(sampling.noise_scaling, sigma), self._settings.min_snr_gamma)
+        snr = signal_to_noise(sampling.noise_scaling, sigma)
+        weight = loss_weight(gain, snr, self._settings.min_snr_gamma, self._settings.clean_weight)
         denoised = self._denoise(sampling.noise_scaling(sigma, noise, latents), sigma, conds)
         return weighted_error(denoised, latents, weight)
 

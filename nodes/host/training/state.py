@@ -20,6 +20,7 @@ from ..files import atomic_write
 SAVE_EVERY = 50  # steps
 SUFFIX = ".training.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+UNNAMED = {"schedule": "constant", "clean_weight": "0.0"}  # what an identity that does not name them has
 
 
 class TrainingState:
@@ -34,6 +35,7 @@ class TrainingState:
         self.path, self.identity = path, {name: str(value) for name, value in (identity or {}).items()}
         self.step = self.updates = 0
         self.losses: list[float] = []
+        self.validation: list[tuple[int, float]] = []
         self.trouble = ""
         self._tensors: dict[str, Tensor] = {}
         self._scaler: dict = {}
@@ -98,7 +100,10 @@ class TrainingState:
                 if name in moments:
                     tensors[f"{name}.{number}"] = moments[name].cpu().clone()
                     updates = int(moments["step"])
-        progress = {"step": self.step, "updates": updates, "losses": self.losses, "scaler": scaler.state_dict()}
+        progress = {
+            "step": self.step, "updates": updates, "losses": self.losses, "validation": self.validation,
+            "scaler": scaler.state_dict(),
+        }
         metadata = {"identity": json.dumps(self.identity), "progress": json.dumps(progress)}
         try:
             with atomic_write(self.path) as partial:
@@ -118,15 +123,17 @@ class TrainingState:
             updates, scaler = int(progress.get("updates", step)), dict(progress["scaler"])
             if not 0 <= updates <= step or step < 1 or len(losses) != step or not isinstance(identity, dict):
                 raise ValueError(f"{step} steps, {updates} updates, {len(losses)} losses")
+            validation = [(int(done), float(loss)) for done, loss in progress.get("validation", [])]
             if not all(map(math.isfinite, [*losses, *scaler.values()])):
                 raise ValueError("its losses or its scale are no numbers")
         except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise _no_state(path, error) from error
-        for name, value in self.identity.items():
-            if identity.get(name) != value:
+        for name in {**self.identity, **UNNAMED} if self.identity else ():
+            theirs, ours = (named.get(name, UNNAMED.get(name)) for named in (identity, self.identity))
+            if theirs != ours:
                 raise ValueError(
-                    f'checkpoint "{path.name}" belongs to another training: its {name} is {identity.get(name)}, '
-                    f"this one's is {value}. Choose another checkpoint name, or set {name} back."
+                    f'checkpoint "{path.name}" belongs to another training: its {name} is {theirs}, '
+                    f"this one's is {ours}. Choose another checkpoint name, or set {name} back."
                 )
         ruined = next((name for name, tensor in self._tensors.items() if not bool(tensor.isfinite().all())), None)
         if ruined is not None:
@@ -135,6 +142,7 @@ class TrainingState:
                 "file, or choose another checkpoint name."
             )
         self.step, self.updates, self.losses, self._scaler = step, updates, losses, scaler
+        self.validation = validation
 
 
 def _exists(path: Path) -> bool:
