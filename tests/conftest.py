@@ -22,7 +22,7 @@ import pytest
 from support.devices import MODES, ON_CPU, SIMULATED, TEST_DEVICE, available_modes, memory_mode, own_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
-LIVE = ("server/", "browser/", "tools/test_client.py")  # tests that share a ComfyUI server and a browser
+LIVE = ("server/", "browser/", "tools/test_client.py", "tools/test_restyle_live.py")  # tests that share a ComfyUI server and a browser
 NEEDS_COMFYUI = ("host", "nodes", "neighbours", "server", "browser")
 
 

@@ -301,3 +301,53 @@ def test_command_lines_that_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         restyle.parse(["a", "b", *wrong])
     assert wrong[0] in capsys.readouterr().err
+
+
+def test_what_a_lost_server_still_computes_is_cancelled_when_it_is_back(folders, tmp_path, capsys):
+    for path in [*folders[0].glob("[b-e].*"), *folders[1].glob("[yz].*")]:
+        path.unlink()
+    server = StandIn(30)
+
+    def vanish(number):
+        if number == 1:
+            server.garbage = b"away"
+            for connection, _ in list(server._sockets.values()):
+                connection.shutdown(2)
+            threading.Timer(1.5, come_back).start()
+
+    def come_back():
+        server.garbage, server.delay = None, 0
+
+    server.on_prompt = vanish
+    with server:
+        assert restyle.main(command(folders, tmp_path, server)) == 0
+    first, second = server.prompts
+    assert server.interrupts == [first] and len(server.finished) == 1
+    check_all_made(folders, tmp_path / "out", server)
+
+
+@pytest.mark.parametrize("data", [b"GIF89a" + bytes(90), b"\x89PNG\r\n\x1a\n" + bytes(90)], ids=["no PNG", "half a PNG"])
+def test_a_result_that_is_no_whole_png_is_a_failure(folders, tmp_path, capsys, monkeypatch, data):
+    monkeypatch.setattr("support.stand_in.png", lambda text: data)
+    with StandIn() as server:
+        assert restyle.main(command(folders, tmp_path, server)) == 1
+    assert capsys.readouterr().err.count("is no whole PNG file") == 15 and not list((tmp_path / "out").glob("*.png"))
+
+
+def test_without_servers_it_starts_one_and_leaves_nothing(folders, tmp_path):
+    """The ComfyUI named by COMFYUI_PATH: here a stand-in."""
+    comfy = tmp_path / "ComfyUI"
+    (comfy / "comfy").mkdir(parents=True)
+    stand_in = environment.ROOT / "tests" / "support" / "stand_in.py"
+    (comfy / "main.py").write_text(
+        f"import os, runpy\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\nrunpy.run_path({str(stand_in)!r}, run_name='__main__')\n"
+    )
+    variables = {**os.environ, "COMFYUI_PATH": str(comfy), "COMFYUI_PYTHON": sys.executable, "TMPDIR": str(tmp_path / "temporary")}
+    (tmp_path / "temporary").mkdir()
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, folders), "--output", str(tmp_path / "out")], env=variables, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "15 made" in done.stdout, done.stderr
+    check_all_made(folders, tmp_path / "out", once=False)
+    assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
+    assert not list((tmp_path / "temporary").glob("pastiche-*"))

@@ -148,7 +148,12 @@ def test_a_lost_members_row_goes_on_elsewhere_in_order():
     other = jobs.take("b")
     jobs.done(other)
     jobs.give_back(job, "a", lost="gone")
-    assert [jobs.take("b").name for _ in range(3)] == ["0.0", "0.1", "0.2"]
+    taken = []
+    for _ in range(3):
+        job = jobs.take("b")
+        taken.append(job and job.name)
+        jobs.done(job)
+    assert taken == ["0.0", "0.1", "0.2"] and jobs.take("a") is None
 
 
 def test_a_failure_is_final_when_nobody_else_can_try():
@@ -312,3 +317,19 @@ def test_time_left_follows_the_last_pictures(capsys):
         line.done("x.png")
     assert line.words() == "100/100"
     assert [duration(s) for s in (0, 59.6, 3599.6, 7260)] == ["0 s", "1 min 00 s", "1 h 00 min", "2 h 01 min"]
+
+
+def test_the_line_on_a_terminal_redraws_itself(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "70")
+    now = [0.0]
+    line = ProgressLine(4, clock=lambda: now[0])
+    now[0] = 90
+    line.done("a picture's name is not shown")
+    line.draw(servers=2)
+    line.tell("a server was lost")
+    line.draw(servers=1)
+    line.close()
+    said = capsys.readouterr().out
+    assert "\r[######..................]  25%  1/4, 4 min 30 s left, 2 servers " in said and "1 server " in said and "name" not in said
+    assert " \ra server was lost\n" in said and said.endswith("\n")
