@@ -304,16 +304,18 @@ def test_switches_of_the_process_and_the_device_are_told(model, monkeypatch):
     assert digest(model) != plain
 
 
-def test_what_cannot_be_told_is_never_found(model, evaluations):
+def test_what_cannot_be_told_is_never_found(model, evaluations, monkeypatch):
     """An object with hidden state, a sparse tensor, more objects than are looked through."""
     class Slots:
         __slots__ = ("value",)
 
-    endless = []
-    for _ in range(60_000):
-        endless.append([])
-    for unknown in (iter([]), Slots(), torch.eye(3).to_sparse(), endless, {object()}):
+    for unknown in (iter([]), Slots(), torch.eye(3).to_sparse(), {object()}):
         assert digest(unknown) is None
+    many = [[] for _ in range(500)]
+    assert digest(many) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr("pastiche.nodes.host.networks.content.MOST_OBJECTS", 500)
+        assert digest(many) is None
     assert digest({"a": 1}) != digest({"a": True}) != digest(["a", 1]) != digest(("a", 1))
     for _ in range(2):
         run(settings_of(with_options(model, other=Slots())))
@@ -536,6 +538,17 @@ def test_comfyuis_free_button_empties_it(path, body, method, kept):
     RESULTS.keep("a", owner, "a", 10)
     asyncio.run(found_again._answered(Request(path, body, method), type("Response", (), {"status": 200})))
     assert len(RESULTS) == kept
+
+
+def test_a_queued_prompt_gives_back_memory_that_is_short(monkeypatch):
+    import asyncio
+
+    owner = Owner()
+    RESULTS.keep("a", owner, "a", 10)
+    monkeypatch.setattr(found_again.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5}))
+    monkeypatch.setattr(found_again, "HEADROOM", 1000)
+    asyncio.run(found_again._answered(Request("/api/prompt", {}), type("Response", (), {"status": 200})))
+    assert not len(RESULTS)
 
 
 def test_without_a_server_there_is_nothing_to_listen_to(monkeypatch):

@@ -89,6 +89,12 @@ class FoundAgain:
         del dropped
         return True
 
+    def relieve(self) -> None:
+        """Lets go of what there is too little RAM for by now."""
+        with self._lock:
+            dropped = self._shrink(self.limit)
+        del dropped
+
     def clear(self) -> None:
         with self._lock:
             dropped = self._shrink(-1)
@@ -130,9 +136,10 @@ def _tell_once(text: str) -> None:
 
 
 def empty_with_comfyui() -> None:
-    """Has ComfyUI's request to free its results ("Unload Models and Execution Cache", POST /free) empty RESULTS too.
+    """Has ComfyUI's request to free its results ("Unload Models and Execution Cache", POST /free) empty RESULTS too, and every
+    prompt that is queued look whether there is RAM for them, also where no node of ours is in it.
 
-    ComfyUI has no hook for it; its web server tells of every answer before it goes out.
+    ComfyUI has no hook for either; its web server tells of every answer before it goes out.
     """
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is None:  # nodes without ComfyUI's server
@@ -144,7 +151,11 @@ def empty_with_comfyui() -> None:
 
 
 async def _answered(request: Any, response: Any) -> None:
-    if request.method != "POST" or request.path.removeprefix("/api") != "/free" or response.status != 200:
+    path = request.path.removeprefix("/api")
+    if request.method != "POST" or path not in ("/free", "/prompt") or response.status != 200:
+        return
+    if path == "/prompt":
+        RESULTS.relieve()
         return
     asked = await request.json()  # has been read once, so it is there
     if isinstance(asked, dict) and asked.get("free_memory") and len(RESULTS):
