@@ -88,7 +88,7 @@ def walk_latent(model: ModelPatcher, samples: torch.Tensor, conditioning: list, 
 def check_schedule(sigmas: torch.Tensor) -> torch.Tensor:
     """Validates a sampling schedule (descending, ends in 0) and returns it ascending as float32 on the CPU."""
     values = sigmas.detach().float().cpu()
-    shown = [round(float(sigma), 3) for sigma in values[:4]]
+    shown = [round(float(sigma), 3) for sigma in values.flatten()[:4]]
     if values.ndim != 1 or len(values) < 2:
         raise ValueError(f"sigmas: need at least one step, got shape {tuple(values.shape)}. Connect a Basic Scheduler.")
     if not bool(torch.isfinite(values).all()) or not bool((values[:-1] > values[1:]).all()):
