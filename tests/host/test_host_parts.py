@@ -211,7 +211,8 @@ def test_levels_of_a_clean_picture():
 ])
 def test_schedules_that_can_be_inverted(sigmas, right):
     if right:
-        return check_schedule(torch.tensor(sigmas, dtype=torch.float64)).tolist() == sigmas[::-1] or pytest.fail("not ascending")
+        assert check_schedule(torch.tensor(sigmas, dtype=torch.float64)).tolist() == sigmas[::-1]
+        return
     with pytest.raises(ValueError, match="^sigmas: "):
         check_schedule(torch.tensor(sigmas))
 
@@ -333,7 +334,8 @@ def test_the_arithmetic_of_a_training(precision, expected):
 ])
 def test_numbers_and_their_limits(value, low, high, message):
     if message is None:
-        return checks.check_number(value, "x", low, high)
+        checks.check_number(value, "x", low, high)
+        return
     with pytest.raises(ValueError, match=f"^x: .*{message}"):
         checks.check_number(value, "x", low, high)
 
