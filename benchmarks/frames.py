@@ -36,7 +36,7 @@ from support.sampling import schedule
 CLIPS = (("skimage_coffee.png", 3, 2, 0.0), ("skimage_chelsea.png", 5, -1, 0.0), ("sunset_by_Aitzol_Berasategi.jpg", -2, 3, 0.01),
          ("skimage_rocket.png", 1, 6, 0.01))
 MARGIN = 8  # pixels at the borders, where a network sees other things
-STEADY = (0.3, 0.5, 0.7, 0.9)
+STEADY = (0.3, 0.6, 0.9)
 SHOWN = 4  # frames of a sheet's rows
 
 

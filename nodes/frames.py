@@ -46,7 +46,7 @@ class RestyleFrames(io.ComfyNode):
                     "Costs memory for one or two frames' rows, and some of the style.",
                 ),
                 io.Float.Input(
-                    "steady", default=0.5, min=0.0, max=1.0, step=0.01,
+                    "steady", default=0.6, min=0.0, max=1.0, step=0.01,
                     tooltip="How much of the previous restyled frame, moved as the film moves, goes into a frame where both show the same. "
                     "0 is off; high values keep a brush stroke on its place and may smear.",
                 ),
@@ -91,7 +91,7 @@ class RestyleFrames(io.ComfyNode):
     @classmethod
     @checked
     def execute(
-        cls, model, vae, frames, steps=20, gamma=0.75, temperature=1.5, adain=True, link="none", steady=0.5, chunk=4,
+        cls, model, vae, frames, steps=20, gamma=0.75, temperature=1.5, adain=True, link="none", steady=0.6, chunk=4,
         filename_prefix="frames/restyled", resume=True, style=None, style_features=None, positive=None, layers="auto", scheduler="normal",
         statistics_frames=8, memory="ram",
     ) -> io.NodeOutput:

@@ -54,6 +54,9 @@ def provide_files(prompt: dict[str, Any], base: Path) -> None:
                 target = base / "models" / folder / value
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.touch()
+            elif node["class_type"] == "LoadVideo" and name == "file":
+                (base / "input").mkdir(parents=True, exist_ok=True)
+                (base / "input" / value).touch()
             elif node["class_type"] == "PasticheLoadUnconditional" and name == "folder":
                 target = base / "models" / "diffusers" / value / "config.json"
                 target.parent.mkdir(parents=True, exist_ok=True)

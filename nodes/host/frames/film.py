@@ -48,7 +48,7 @@ class FilmSettings:
     temperature: float = 1.5
     adain: bool = True
     link: str = "none"
-    steady: float = 0.5
+    steady: float = 0.6
     layers: str = "auto"
     statistics_frames: int = 8
 
