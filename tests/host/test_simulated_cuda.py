@@ -1,5 +1,7 @@
 """The simulated device does what a CUDA device does, and is stricter where its description says so."""
 
+import contextlib
+
 import pytest
 from support.devices import SIMULATED, memory_mode
 
@@ -55,6 +57,41 @@ RAISES = {
 def test_devices_do_not_mix(wrong):
     with pytest.raises((RuntimeError, TypeError)):
         wrong()
+
+
+def test_only_what_is_read_may_mix_where_the_asked_agrees():
+    asked = []
+    with device.mixing(lambda: asked.append("asked") or True):
+        assert (gpu() + cpu()).is_cuda and torch.cat([cpu(), gpu()]).sum() == 24 and cpu()[INDEX.cuda()].is_cuda
+        assert asked
+        asked.clear()
+        assert (gpu() + gpu()).is_cuda and not asked
+        with pytest.raises(RuntimeError, match="same device"):
+            cpu().add_(gpu())
+    for allowed in (device.mixing(lambda: False), contextlib.nullcontext()):
+        with allowed, pytest.raises(RuntimeError, match="same device"):
+            gpu() + cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_of_16_bit_floats_are_exact_sums_of_that_type(dtype):
+    """Of small whole numbers: every order of adding in float32 gives the same."""
+    image, kernel, rows = (torch.randint(-4, 5, shape).float() for shape in ((1, 6, 9, 9), (5, 6, 3, 3), (7, 300)))
+    for run, *tensors in ((F.conv2d, image, kernel), (F.linear, rows, rows), (torch.bmm, rows[None], rows.T[None])):
+        small = [tensor.to("cuda", dtype).requires_grad_() for tensor in tensors]
+        large = [tensor.clone().requires_grad_() for tensor in tensors]
+        found, expected = run(*small), run(*large)
+        found.sum().backward()
+        expected.sum().backward()
+        assert found.dtype == dtype and torch.equal(found.cpu(), expected.to(dtype))
+        assert all(torch.equal(a.grad.cpu(), b.grad.to(dtype)) for a, b in zip(small, large))
+
+
+def test_types_do_not_mix_either():
+    for run, *shapes in ((F.conv2d, (1, 1, 4, 4), (1, 1, 3, 3)), (F.linear, (2, 3), (4, 3))):
+        a, b = (torch.ones(shape, device="cuda") for shape in shapes)
+        with pytest.raises(RuntimeError, match="type"):
+            run(a.half(), b)
 
 
 def test_what_may_mix():

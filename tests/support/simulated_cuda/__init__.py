@@ -10,7 +10,7 @@
 `device.cpp` (compiled once by `build`, about 15 s) puts kernels under PyTorch's CUDA key: they check the devices of
 their arguments, run the CPU kernel on the same bytes and give CUDA tensors back. `device` makes torch.cuda speak
 of it, `dynamic_vram` stands in for comfy_aimdo. ComfyUI takes it for an NVIDIA card: offloading, partial loading,
-cast buffers, pinned memory, two offload streams. tests/tools/test_simulated_cuda.py proves what is said here.
+cast buffers, pinned memory, two offload streams. tests/host/test_simulated_cuda.py proves what is said here.
 
 As on a GPU: CPU and CUDA tensors in one operator raise (0-dim CPU tensors and CPU indices into CUDA tensors may
 mix, written ones may not); pinned memory, memory statistics and a memory limit with torch.OutOfMemoryError;

@@ -12,6 +12,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <string>
 #include <unordered_set>
@@ -39,6 +40,20 @@ bool waits(const std::string& name) {
       "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero", "aten::_unique2",
       "aten::unique_consecutive", "aten::unique_dim"};
   return names.count(name) > 0;
+}
+
+// Sums of products of 16-bit floats: the CPU's own kernels take up to a hundred times as long as in float32, in which a GPU adds, too.
+bool adds_in_float32(const c10::FunctionSchema& schema) {
+  static const std::unordered_set<std::string> names = {
+      "aten::convolution", "aten::convolution_backward", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm"};
+  return schema.overload_name().empty() && names.count(schema.name()) > 0;
+}
+
+// The last `count` values of the stack, tensors of one type as such of another.
+void convert(Stack& stack, size_t count, at::ScalarType from, at::ScalarType to) {
+  for (size_t i = stack.size() - count; i < stack.size(); i++)
+    if (stack[i].isTensor() && stack[i].toTensor().defined() && stack[i].toTensor().scalar_type() == from)
+      stack[i] = IValue(stack[i].toTensor().to(to));
 }
 
 struct Seen {
@@ -150,14 +165,21 @@ void fallback(const c10::OperatorHandle& handle, Stack* stack) {
       TORCH_CHECK(to_host_device, "Only dense CPU tensors can be pinned [simulated device: ", name, "]");
     }
   }
+  const size_t results = schema.returns().size();
+  const auto type = seen.empty() ? at::kFloat : seen.front().tensor.scalar_type();
+  const bool widen = (type == at::kHalf || type == at::kBFloat16) && adds_in_float32(schema) &&
+      std::all_of(seen.begin(), seen.end(), [&](const Seen& one) { return one.tensor.scalar_type() == type; });
   {
     at::AutoDispatchBelowADInplaceOrView below;
+    if (widen)
+      convert(*stack, arguments.size(), type, at::kFloat);
     handle.callBoxed(stack);
+    if (widen)
+      convert(*stack, results, at::kFloat, type);
   }
   call.finish();
   if (to_host_device)
     return;
-  const size_t results = schema.returns().size();
   for (size_t i = stack->size() - results; i < stack->size(); i++) {
     IValue& value = (*stack)[i];
     if (value.isTensor()) {
