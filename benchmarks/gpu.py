@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from host import environment  # noqa: E402
+from host.files import atomic_write  # noqa: E402
 
 PATIENCE = 20  # seconds from asking a step to end until it is killed
 SMALL_PHOTOS = 68  # 64 are kept for validation
@@ -207,9 +208,8 @@ def run_all(steps: Iterable[Step], options: argparse.Namespace) -> Iterable[Outc
         print(f"{step.name}: {outcome.result} after {outcome.seconds:.0f} s {outcome.note}", flush=True)
         if outcome.result == "done":
             known[step.name] = {"command": command, "seconds": outcome.seconds}
-            partial = notes.with_suffix(".partial")
-            partial.write_text(json.dumps(known, indent=1))
-            os.replace(partial, notes)
+            with atomic_write(notes) as partial:
+                partial.write_text(json.dumps(known, indent=1))
         yield outcome
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -21,6 +20,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "workflows" / "api")]
 from host import environment  # noqa: E402
 from host.comfy import Server, make_base  # noqa: E402
 from host.environment import Host  # noqa: E402
+from host.files import atomic_write  # noqa: E402
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BANKS = "pastiche_features"  # Save Features' folder in the server's output
@@ -223,9 +223,8 @@ class Table:
         return all((self.results / f"{name}.png").is_file() for name in names)
 
     def _save(self) -> None:
-        partial = self._notes.with_suffix(".partial")
-        partial.write_text(json.dumps({"settings": self._settings, "banks": self.banks}, indent=1))
-        os.replace(partial, self._notes)
+        with atomic_write(self._notes) as partial:
+            partial.write_text(json.dumps({"settings": self._settings, "banks": self.banks}, indent=1))
 
 
 def _plain(path: Path) -> str:

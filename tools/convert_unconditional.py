@@ -10,10 +10,10 @@ timesteps, which weights do not tell, are noted in the file, so that the node's 
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from host.files import atomic_write
 from verify_models import prepare
 
 
@@ -50,14 +50,9 @@ def convert(source: Path, target: Path, reading) -> str:
     weights = read_weights(source)
     reading = reading.noted(weights.notes, source.name)
     layout = build_network(weights, reading, source.name).layout
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
+    with atomic_write(target) as partial:
         state = {key: tensor.contiguous().clone() for key, tensor in weights.state.items()}
         save_file(state, str(partial), metadata=reading.notes() or None)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
     count = sum(tensor.numel() for tensor in weights.state.values())
     average = ", the moving average" if weights.averaged else ""
     return f"{target}: {layout.family} layout, {len(weights.state)} tensors{average}, {count / 1e6:.1f} M parameters"

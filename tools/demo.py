@@ -21,6 +21,7 @@ from pathlib import Path
 from host import environment, graph
 from host.comfy import Server, ServerError, make_base
 from host.environment import ROOT
+from host.files import atomic_write
 from pastiche_client import load
 
 WORKFLOW = ROOT / "workflows" / "api" / "styleid_mini.json"
@@ -153,9 +154,8 @@ def contact_sheet(panels: list[tuple[str, Path]], target: Path, height: int | No
         sheet.paste(image, (x, margin))
         draw.text((x + image.width / 2, height + margin + caption / 2), name, "black", font, anchor="mm")
         x += image.width + margin
-    part = target.with_name(target.name + ".part")
-    sheet.save(part, "PNG")
-    part.replace(target)
+    with atomic_write(target) as part:
+        sheet.save(part, "PNG")
 
 
 class ProgressBar:

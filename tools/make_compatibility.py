@@ -18,6 +18,8 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from host.files import atomic_write
+
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = """# Which nodes go together
 
@@ -75,9 +77,8 @@ def main() -> None:
             run_tests(results[0])
         page = as_page(read_pairs(*results), host_version()) + BY_HAND.read_text(encoding="utf-8")
     target = ROOT / "docs" / "compatibility.md"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    with atomic_write(target) as part:
+        part.write_text(page, encoding="utf-8")
     print(f"{target}: {page.count('works')} work")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from host import environment, graph
 from host.comfy import Server, ServerError, make_base
 from host.environment import ROOT
+from host.files import atomic_write
 
 TARGET = ROOT / "js" / "docs" / "pictures"
 PREVIEWS = ROOT / ".environment" / "artifacts" / "pictures"
@@ -26,14 +27,12 @@ LARGEST_FILE = 120_000  # bytes
 
 def save(picture, folder: Path, name: str) -> Path:
     """As JPEG, at the best quality that keeps the file small."""
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name}.jpg"
-    part = target.with_suffix(".part")
-    for quality in (88, 80, 72, 60):
-        picture.save(part, "JPEG", quality=quality, optimize=True)
-        if part.stat().st_size < LARGEST_FILE:
-            break
-    part.replace(target)
+    with atomic_write(target) as part:
+        for quality in (88, 80, 72, 60):
+            picture.save(part, "JPEG", quality=quality, optimize=True)
+            if part.stat().st_size < LARGEST_FILE:
+                break
     return target
 
 

@@ -23,6 +23,7 @@ from host import environment, graph
 from host.browser import Browser, BrowserError
 from host.comfy import Server, ServerError, make_base
 from host.environment import ROOT
+from host.files import atomic_write
 from host.frontend import Frontend
 from templates import NOTE, Box, Template
 
@@ -93,9 +94,8 @@ def convert(ui: Frontend, template: Template) -> list[str]:
 
 
 def write_json(target: Path, content: dict) -> None:
-    part = target.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(target)
+    with atomic_write(target) as part:
+        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # Sizes, fixed seeds, and the models that the front end offers to download

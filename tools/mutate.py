@@ -31,6 +31,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from host import environment
+from host.files import atomic_write
 
 ROOT = environment.ROOT
 FOLDERS = ("nodes/algorithms", "nodes/host")
@@ -252,10 +253,8 @@ class Copy:
             batch = missing[begin : begin + BATCH]
             measured = self._measure(batch)
             known |= {name: {"digest": tests[name], **measured.get(name, {"tests": {}, "lines": {}})} for name in batch}
-            kept.parent.mkdir(exist_ok=True)
-            partial = kept.with_suffix(".partial")
-            partial.write_text(json.dumps({"code": code, "files": known}))
-            partial.replace(kept)
+            with atomic_write(kept) as partial:
+                partial.write_text(json.dumps({"code": code, "files": known}))
         return Profile(known)
 
     def _measure(self, files: list[str]) -> dict[str, dict]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from host.comfy import Server
 from host.environment import ROOT
+from host.files import atomic_write
 from PIL import Image, ImageOps
 from templates import TEMPLATES, Template
 
@@ -81,5 +82,5 @@ def write(template: Template, drawn: tuple[str, str, int] | None = None) -> None
             mine = sister is template or sister.pictured_by == template.api and not sister.drawn or sister.api in (method, f"{method}_unconditional")
         if mine:
             target = ROOT / "workflows" / f"{sister.file}.jpg"
-            sheet.save(target.with_suffix(".part"), "JPEG", quality=88)
-            target.with_suffix(".part").replace(target)
+            with atomic_write(target) as part:
+                sheet.save(part, "JPEG", quality=88)

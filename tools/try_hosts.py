@@ -18,6 +18,8 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from host.files import atomic_write
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / ".environment" / "hosts"
 PINNED = re.compile(r"^(comfy-(?:kitchen|aimdo)==\S+)", re.MULTILINE)
@@ -113,9 +115,8 @@ def main() -> None:
             parser.error(str(error))
     rows = {path.stem: outcome(path) for path in options.results.glob("*.xml")}
     page, target = as_page(rows, stated("nodes/host/version.py", "OLDEST_COMFYUI"), stated("tools/host/pins.py", "COMFYUI")), ROOT / "docs" / "hosts.md"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    with atomic_write(target) as part:
+        part.write_text(page, encoding="utf-8")
     print(f"{target}: {', '.join(rows)}")
     oldest = [int(part) for part in stated("nodes/host/version.py", "OLDEST_COMFYUI").split(".")]
     supported = [row for version, row in rows.items() if [int(part) for part in re.findall(r"\d+", version)] >= oldest]

@@ -1,13 +1,13 @@
 """Training of the mini U-Net: eps-prediction, AdamW, cosine rate over wall clock, EMA, resumable."""
 import json
 import math
-import os
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from host.files import atomic_write
 
 from .data import KINDS, Feed, pixels, square
 from .unet import Denoiser, alphas_cumprod
@@ -18,9 +18,8 @@ FOREIGN_WEIGHT = 1.0
 
 def save_atomically(obj, path):
     """torch.save under a temporary name, then rename: a killed run never leaves half a file."""
-    temporary = Path(f"{path}.tmp")
-    torch.save(obj, temporary)
-    os.replace(temporary, path)
+    with atomic_write(Path(path)) as partial:
+        torch.save(obj, partial)
 
 
 def diffuse(latents, timesteps, alphas, jitter=15.0):

@@ -1,8 +1,8 @@
 """Writes the checkpoints as the one file that the pack ships."""
 import json
-import os
 
 import torch
+from host.files import atomic_write
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -41,15 +41,12 @@ def export(parts, checkpoint, output):
 
 def write(tensors, metadata, output, limit):
     """One safetensors file of at most `limit` bytes, under a temporary name first."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
-    size = temporary.stat().st_size
-    if size > limit:
-        temporary.unlink()
-        raise ValueError(f"The file would have {size} bytes, the limit is {limit}: make the network smaller.")
-    temporary.chmod(0o644)  # safetensors makes it private
-    os.replace(temporary, output)
+    with atomic_write(output) as partial:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
+        size = partial.stat().st_size
+        if size > limit:
+            raise ValueError(f"The file would have {size} bytes, the limit is {limit}: make the network smaller.")
+        partial.chmod(0o644)  # safetensors makes it private
     print(f"{output}: {size / 1e6:.1f} MB, {metadata}")
 
 
