@@ -7,7 +7,7 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
 from pastiche.nodes.host.injections.schedule import Schedule, SigmaRange
-from pastiche.nodes.host.references.install import borrow_structure, parse_weights, picture_latents, references_of
+from pastiche.nodes.host.references.install import _styles, borrow_structure, parse_weights, picture_latents, references_of
 from pastiche.nodes.host.references.layout import Call, Layout, Probe, chained, named, small_shape, token_axis
 from pastiche.nodes.host.references.run import _Added, _cropped, _first_rows, _shapes, borrowed_calls, chosen_calls
 from pastiche.nodes.host.references.settings import Borrow, Cures, Reference
@@ -81,6 +81,23 @@ def test_noise_of_references():
 @pytest.mark.parametrize("text, expected", [("0, 2", [0, 1]), ("1, 3", [0.25, 0.75]), (" ", [0.5, 0.5]), ("0.5,0.5", [0.5, 0.5])])
 def test_weights_sum_to_one(text, expected):
     assert parse_weights(text, 2) == expected
+
+
+def test_what_a_trajectory_makes_useless_is_said(caplog):
+    model = tiny_model("flux")
+    inverted = invert(model, {"samples": family_latent("flux")}, schedule(model, 2, "simple"), family_cond("flux"), "next")[1]
+    picture, prompt = {"samples": family_latent("flux")}, family_cond("flux")
+    caplog.set_level("INFO")
+    for style, positive, told in ((None, None, []), (picture, None, ["both connected"]), (None, prompt, ["style_positive has no effect"])):
+        caplog.clear()
+        ((source, weight),) = _styles(model, style, inverted, "", positive)
+        assert source.trajectory is inverted and weight == 1 and [part in caplog.text for part in ("both connected", "style_positive has no effect")] == [
+            part in told for part in ("both connected", "style_positive has no effect")
+        ]
+    ((source, _),) = _styles(model, picture, None, "", prompt)
+    assert source.conditioning is prompt
+    with pytest.raises(ValueError, match="^style_positive: a reference takes one conditioning, got 2"):
+        _styles(model, picture, None, "", prompt * 2)
 
 
 def test_a_still_picture_is_one_frame_of_a_film_model():

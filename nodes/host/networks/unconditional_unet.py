@@ -88,7 +88,7 @@ def adapt_unconditional(model: ModelPatcher) -> UNet | None:
         attention={},
         residual={},
         scale={("middle", 0): network.levels - 1},
-        counts={"input": inputs, "middle": 1, "output": outputs},
+        counts={"input": inputs, "output": outputs},
         h_channels=network.h_channels,
         context_dim=None,
     )

@@ -224,7 +224,7 @@ def adapt_unet(model: ModelPatcher) -> UNet | None:
         attention=attention,
         residual=residual,
         scale=scale,
-        counts={"input": len(network.input_blocks), "middle": 1, "output": count},
+        counts={"input": len(network.input_blocks), "output": count},
         h_channels=residual["middle", 0].out_channels if ("middle", 0) in residual else 0,
         context_dim=attended[0].attn2.to_k.in_features if attended else None,
     )
