@@ -36,7 +36,8 @@ def test_slerp_does_not_depend_on_the_size_of_either(scale):
 
 def test_slerp_of_nothing_is_nothing_turned():
     h, none = random(1, 3, 4, 4), torch.zeros(1, 3, 4, 4, dtype=torch.float64)
-    assert torch.equal(slerp(h, none, 0.5), h) and torch.equal(slerp(none, h, 0.5), none) and torch.equal(match_norm(none, h), none)
+    assert torch.equal(slerp(h, none, 0.5), h) and torch.equal(slerp(none, h, 0.5), none)
+    assert torch.equal(match_norm(none, h), none)
     assert slerp(h, random(1, 3, 4, 4, seed=1), 0) is h and masked_slerp(h, h, 0, torch.ones(1, 1, 4, 4)) is h
     half = h.half()
     assert lerp(half, half, 0.5).dtype == torch.float16
@@ -101,7 +102,8 @@ def test_two_steps_are_first_and_last():
 
 def test_the_steps_that_inject():
     sampled = [8.0, 4.0, 2.0, 1.0, 0.0]
-    assert injecting_steps(sampled, sampled, 2.0) == [0, 1, 2] and injecting_steps(sampled, sampled, 2.0 * (1 + 5e-6)) == [0, 1, 2]
+    assert injecting_steps(sampled, sampled, 2.0) == [0, 1, 2]
+    assert injecting_steps(sampled, sampled, 2.0 * (1 + 5e-6)) == [0, 1, 2]
     assert injecting_steps(sampled, sampled, 2.1) == [0, 1] and injecting_steps(sampled, sampled, 0.0) == [0, 1, 2, 3]
     assert injecting_steps(sampled, [7.0, 1.1], 0.5) == [0, 3] and injecting_steps(sampled, [5.0, 0.0], 0.0) == [1]
     assert injecting_steps(sampled, [0.1], 0.5) == []  # nothing captured there
@@ -202,7 +204,8 @@ def test_confidence_and_overlap_are_limits_that_are_passed():
     one, pair = torch.ones(1, 8, 8), ((2, 2, 4, 4, 0.9), (4, 2, 4, 4, 0.8))  # they share 8 of 24 cells
     count = lambda **settings: len(decode_segments(predictions(*pair), one, 8, 8, (8, 8), 1.0, **settings))
     assert count(overlap=0.34) == 2 and count(overlap=0.33) == 1
-    assert count(confidence=0.79, overlap=0.9) == 2 and count(confidence=0.81, overlap=0.9) == 1 and count(confidence=0.8, overlap=0.9) == 1
+    assert count(confidence=0.79, overlap=0.9) == 2 and count(confidence=0.81, overlap=0.9) == 1
+    assert count(confidence=0.8, overlap=0.9) == 1
     assert count(limit=1, overlap=0.9) == 1
     assert len(decode_segments(predictions(*pair)[:, :0], one, 8, 8, (8, 8), 1.0)) == 0
 
@@ -219,12 +222,14 @@ def test_a_box_takes_what_fills_it_best_and_touching_is_no_overlap():
     segments = cells([[0, 0, 8, 8], [1, 1, 4, 4], [5, 5, 8, 8]])
     assert select_boxes(segments, [(1, 1, 4, 5)]) == [1] and select_boxes(segments, [(-9, -9, 99, 99)]) == [0]
     assert select_boxes(segments, [(5, 5, 8, 8), (4.5, 5, 8, 8)]) == [2]  # once
-    assert select_boxes(cells([[1, 1, 4, 4]]), [(4, 1, 8, 4)]) == [] and select_boxes(cells([[1, 1, 4, 4]]), [(3.9, 1, 8, 4)]) == [0]
+    assert select_boxes(cells([[1, 1, 4, 4]]), [(4, 1, 8, 4)]) == []
+    assert select_boxes(cells([[1, 1, 4, 4]]), [(3.9, 1, 8, 4)]) == [0]
 
 
 def test_ranks_count_from_the_best():
     segments = cells([[0, 0, 2, 2], [0, 0, 8, 3], [3, 3, 5, 6]])
-    assert rank(segments, "largest", 2) == [1, 2] and rank(segments, "confident", 1) == [0] and rank(segments, "central", 9) == [2, 1, 0]
+    assert rank(segments, "largest", 2) == [1, 2] and rank(segments, "confident", 1) == [0]
+    assert rank(segments, "central", 9) == [2, 1, 0]
 
 
 def test_windows_of_a_crop():

@@ -24,14 +24,16 @@ def test_what_has_a_row_for_each_is_lengthened_and_the_rest_passed_on():
 def test_references_get_nothing_from_a_controlnet():
     residual = torch.arange(6.0).view(2, 3)
     out = without_control({"input": [residual, residual[:1], None], "middle": []}, 2, 3)
-    assert torch.equal(out["input"][0], torch.cat([residual, torch.zeros(3, 3)])) and out["input"][2] is None and out["middle"] == []
+    assert torch.equal(out["input"][0], torch.cat([residual, torch.zeros(3, 3)])) and out["input"][2] is None
+    assert out["middle"] == []
     assert torch.equal(out["input"][1], torch.cat([residual[:1], residual[:1], torch.zeros(3, 3)]))
     assert without_control(None, 2, 3) is None
 
 
 def test_contexts_of_other_lengths_are_cut_or_padded_with_zeros():
     batch, value = torch.zeros(4, 3, 2), torch.arange(1.0, 11).view(1, 5, 2)
-    assert torch.equal(put(batch, value)[2:], value[:, :3].expand(2, 3, 2)) and not put(batch, value)[:2].any() and not batch.any()
+    assert torch.equal(put(batch, value)[2:], value[:, :3].expand(2, 3, 2)) and not put(batch, value)[:2].any()
+    assert not batch.any()
     padded = put(torch.ones(4, 7, 2), value)
     assert torch.equal(padded[2:], torch.cat([value, torch.zeros(1, 2, 2)], 1).expand(2, 7, 2)) and padded[:2].all()
     flat = torch.arange(1.0, 6)[None]

@@ -4,7 +4,6 @@ import logging
 import math
 import types
 
-import comfy.model_management
 import pytest
 import torch
 
@@ -55,7 +54,8 @@ def test_whose_a_hook_is():
         assert not neighbours.is_ours(foreign)
     near = types.SimpleNamespace(__module__="pastiche.nodes_of_another")
     assert not neighbours.is_ours(near) and neighbours.is_ours(types.SimpleNamespace(__module__="pastiche.nodes"))
-    assert neighbours.owner_of(called("HyperTile")) == "HyperTile" and neighbours.owner_of(types.SimpleNamespace()) == "SimpleNamespace"
+    assert neighbours.owner_of(called("HyperTile")) == "HyperTile"
+    assert neighbours.owner_of(types.SimpleNamespace()) == "SimpleNamespace"
 
 
 @pytest.mark.parametrize("make, kind", [
@@ -71,7 +71,8 @@ def test_hooks_of_other_nodes_inside_a_forward(make, kind):
     patch = called("HyperTile")
     assert list(neighbours.foreign_patches(make(patch))) == [(kind, patch)] and neighbours.reads_whole_batch(make(patch))
     assert not neighbours.reads_whole_batch(make(find_adapter))
-    assert neighbours.has_tiles(make(patch)) and not neighbours.shrinks(make(patch)) and neighbours.shrinks(make(called("PatchModelAddDownscale")))
+    assert neighbours.has_tiles(make(patch)) and not neighbours.shrinks(make(patch))
+    assert neighbours.shrinks(make(called("PatchModelAddDownscale")))
     assert not neighbours.has_tiles(make(called("Other")))
 
 
@@ -95,9 +96,11 @@ def test_what_changes_the_number_of_tokens_is_told():
     assert why() == ([], "Conditions with an area cannot be combined with masks: use masks.")
     assert why(called("Other"))[0] == []
     found, sentence = why(called("TomePatchModel"), called("TomePatchModel"))
-    assert found == ["TomePatchModel (token merging)"] and sentence == "TomePatchModel (token merging) cannot be combined with masks: take it off this MODEL."
+    assert found == ["TomePatchModel (token merging)"]
+    assert sentence == "TomePatchModel (token merging) cannot be combined with masks: take it off this MODEL."
     found, sentence = why(called("PatchModelAddDownscale"), called("HyperTile"))
-    assert found == ["PatchModelAddDownscale (Deep Shrink)", "HyperTile (attention in tiles)"] and "put the same node on the MODEL of DDIM Inversion" in sentence
+    assert found == ["PatchModelAddDownscale (Deep Shrink)", "HyperTile (attention in tiles)"]
+    assert "put the same node on the MODEL of DDIM Inversion" in sentence
     assert why(model_function_wrapper=called("Tiler"))[0] == ["Tiler, which evaluates the latent in its own way,"]
 
 
@@ -110,7 +113,8 @@ def test_our_patch_stands_before_tiles():
 def test_wrappers_are_left_out_of_a_runs_own_options():
     groups = {"outer_sample": {"easycache": [1], "other": [2]}, "apply_model": {"other": [3]}}
     options = {"transformer_options": {"wrappers": groups}}
-    assert neighbours.leave_out(options, {"lazycache": "LazyCache"}) == [] and options["transformer_options"]["wrappers"] is groups
+    assert neighbours.leave_out(options, {"lazycache": "LazyCache"}) == []
+    assert options["transformer_options"]["wrappers"] is groups
     assert neighbours.leave_out(options, neighbours.CACHES) == ["EasyCache"] and groups["outer_sample"]["easycache"] == [1]
     assert options["transformer_options"]["wrappers"] == {"outer_sample": {"other": [2]}, "apply_model": {"other": [3]}}
     assert neighbours.leave_out({}, neighbours.CACHES) == []
@@ -126,7 +130,8 @@ def test_a_replacement_stands_in_front_of_what_was_there():
     assert ask(None, block, pastiche_run=run) == "later" and ask(None, None, pastiche_run=run) == "later"
     expected = torch.nn.functional.scaled_dot_product_attention(*(3 * [q.unflatten(-1, (2, 4)).transpose(1, 2)])).transpose(1, 2).flatten(2)
     torch.testing.assert_close(ask(None, None), expected)
-    assert attention_slots._reaches(own, own) and not attention_slots._reaches(None, own) and not attention_slots._reaches(block, own)
+    assert attention_slots._reaches(own, own) and not attention_slots._reaches(None, own)
+    assert not attention_slots._reaches(block, own)
     chained = (lambda inner: lambda *args: inner(*args))(own)
     assert attention_slots._reaches(chained, own)
 
@@ -158,8 +163,8 @@ def test_a_blend_needs_as_many_tokens():
             _require_tokens(weight, 6, {"pastiche_run": run})
 
 
-@pytest.mark.parametrize("architecture, factor", [("unet", None), ("transformer", None)])
-def test_mini_models_are_made_again_and_ask_for_their_share_of_memory(architecture, factor):
+@pytest.mark.parametrize("architecture", ["unet", "transformer"])
+def test_mini_models_are_made_again_and_ask_for_their_share_of_memory(architecture):
     model, vae, _ = load_mini(architecture=architecture)
     config = model.model.model_config
     if architecture == "unet":
@@ -179,15 +184,18 @@ def test_the_mini_vaes_pixels_and_memory():
     _, vae, _ = load_mini()
     assert isinstance(vae, MiniVAE) and vae.downscale_ratio == vae.upscale_ratio == 8 and vae.latent_channels == 16
     pixels = torch.tensor([0.0, 0.25, 1.0])
-    assert vae.process_input(pixels).tolist() == [-1.0, -0.5, 1.0] and vae.process_output(torch.tensor([-3.0, 0.0, 0.5, 9.0])).tolist() == [0, 0.5, 0.75, 1]
-    assert vae.memory_used_encode((1, 3, 64, 32), torch.float32) == 32 * 64 * 32 * 4 and vae.memory_used_decode((1, 16, 8, 4), torch.float32) == 1024 * 32 * 4
+    assert vae.process_input(pixels).tolist() == [-1.0, -0.5, 1.0]
+    assert vae.process_output(torch.tensor([-3.0, 0.0, 0.5, 9.0])).tolist() == [0, 0.5, 0.75, 1]
+    assert vae.memory_used_encode((1, 3, 64, 32), torch.float32) == 32 * 64 * 32 * 4
+    assert vae.memory_used_decode((1, 16, 8, 4), torch.float32) == 1024 * 32 * 4
 
 
 def test_a_whole_model_is_never_left_in_part(monkeypatch):
     patcher, asked = WholeModelPatcher(torch.nn.Linear(2, 2), torch.device("cpu"), torch.device("cpu")), []
     assert patcher.partially_unload(torch.device("cpu"), 1e9) == patcher.partially_unload(torch.device("cpu")) == 0
     monkeypatch.setattr(WholeModelPatcher.__mro__[1], "partially_load", lambda self, device, extra=0, force=False: asked.append((extra, force)) or 7)
-    assert patcher.partially_load(torch.device("cpu"), 5.0) == 7 and patcher.partially_load(torch.device("cpu"), force_patch_weights=True) == 7
+    assert patcher.partially_load(torch.device("cpu"), 5.0) == 7
+    assert patcher.partially_load(torch.device("cpu"), force_patch_weights=True) == 7
     assert all(extra > 1e30 for extra, _ in asked) and [force for _, force in asked] == [False, True]
 
 
@@ -198,7 +206,8 @@ def test_levels_of_a_clean_picture():
     sampling = tiny_unet().get_model_object("model_sampling")
     assert [clean_sigma(sampling, level) for level in ("sigma 0", "t = 0", "t = 1")] == [0.0, float(sampling.sigmas[0]), float(sampling.sigmas[1])]
     flow = tiny_unet(prediction="flow").get_model_object("model_sampling")
-    assert clean_sigma(flow, "t = 0") == float(flow.sigma_min) and clean_sigma(flow, "t = 1") == pytest.approx(float(flow.percent_to_sigma(998 / 999)))
+    assert clean_sigma(flow, "t = 0") == float(flow.sigma_min)
+    assert clean_sigma(flow, "t = 1") == pytest.approx(float(flow.percent_to_sigma(998 / 999)))
     with pytest.raises(ValueError, match="^clean_level"):
         clean_sigma(sampling, "t = 2")
     sigma = torch.tensor([0.5, 3.0])
@@ -206,7 +215,8 @@ def test_levels_of_a_clean_picture():
 
 
 @pytest.mark.parametrize("sigmas, right", [
-    ([1.0, 0.0], True), ([0.0], False), ([1.0], False), ([1.0, 1.0, 0.0], False), ([0.5, 1.0, 0.0], False), ([2.0, 1.0], False), ([[1.0, 0.0]], False),
+    ([1.0, 0.0], True), ([0.0], False), ([1.0], False), ([1.0, 1.0, 0.0], False), ([0.5, 1.0, 0.0], False),
+    ([2.0, 1.0], False), ([[1.0, 0.0]], False),
     ([float("inf"), 0.0], False), ([2.0, float("nan"), 0.0], False),
 ])
 def test_schedules_that_can_be_inverted(sigmas, right):
@@ -245,8 +255,10 @@ def test_a_films_statistics_are_over_all_its_frames():
 
 
 @pytest.mark.parametrize("settings, blends, changes", [
-    (dict(), False, True), (dict(strength=0.5), True, True), (dict(strength=2.0), True, True), (dict(mask=torch.ones(1, 8, 8)), True, True),
-    (dict(strength=0.0), True, False), (dict(mask=torch.zeros(1, 8, 8)), True, False), (dict(sigmas=styles.SigmaRange(2.0, 2.0)), False, False),
+    (dict(), False, True), (dict(strength=0.5), True, True), (dict(strength=2.0), True, True),
+    (dict(mask=torch.ones(1, 8, 8)), True, True),
+    (dict(strength=0.0), True, False), (dict(mask=torch.zeros(1, 8, 8)), True, False),
+    (dict(sigmas=styles.SigmaRange(2.0, 2.0)), False, False),
 ])
 def test_when_style_injection_blends_and_changes(settings, blends, changes):
     key = FeatureKey("self_attention", "output", 7)
@@ -262,15 +274,18 @@ def test_layers_of_content_features():
     key = lambda stream, number: FeatureKey(stream, "output", number)
     held = FeatureBank(None, (key("residual", 3), key("residual", 5), key("self_attention_q", 3), key("self_attention_q", 7)), "ram", None, None)
     places = lambda text, stream, share=1.0, bank=held: [number for _, number in _places(adapter, bank, text, stream, share)]
-    assert places("auto", "residual") == [5] and places(" Auto ", "self_attention_q") == [3, 7] and places("4-6", "residual") == [4, 5, 6]
+    assert places("auto", "residual") == [5] and places(" Auto ", "self_attention_q") == [3, 7]
+    assert places("4-6", "residual") == [4, 5, 6]
     for text, share in (("none", 1.0), ("", 1.0), ("auto", 0.0), ("4-6", -1.0)):
         assert places(text, "residual", share) == []
     empty = FeatureBank(None, (), "ram", None, None)
-    assert places("auto", "residual", bank=empty) == list(range(4, 12)) and places("auto", "self_attention_q", bank=empty) == list(range(3, 12))
+    assert places("auto", "residual", bank=empty) == list(range(4, 12))
+    assert places("auto", "self_attention_q", bank=empty) == list(range(3, 12))
 
 
 @pytest.mark.parametrize("feature_steps, attention_steps, layers, last", [
-    (0.5, 0.25, ("residual", "attention"), 0.5), (0.25, 0.5, ("residual", "attention"), 0.5), (0.75, 0.5, ("attention",), 0.5), (0.25, 0.75, ("residual",), 0.25),
+    (0.5, 0.25, ("residual", "attention"), 0.5), (0.25, 0.5, ("residual", "attention"), 0.5),
+    (0.75, 0.5, ("attention",), 0.5), (0.25, 0.75, ("residual",), 0.25),
 ])
 def test_the_steps_that_must_have_been_captured(feature_steps, attention_steps, layers, last):
     sigmas = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
@@ -328,8 +343,10 @@ def test_the_arithmetic_of_a_training(precision, expected):
 
 
 @pytest.mark.parametrize("value, low, high, message", [
-    (1, 1, 2, None), (2, 1, 2, None), (0.5, 1, 2, "got 0.5, expected 1 to 2"), (3, 1, 2, "got 3, expected 1 to 2"), (0, 1, None, "expected at least 1"),
-    (9, None, 2, "expected at most 2"), (True, 0, 1, "expected a number, got bool"), ("1", 0, 1, "got str"), (math.nan, 0, 1, "finite"), (10**400, 0, 1, "a number of 1329 bits"),
+    (1, 1, 2, None), (2, 1, 2, None), (0.5, 1, 2, "got 0.5, expected 1 to 2"), (3, 1, 2, "got 3, expected 1 to 2"),
+    (0, 1, None, "expected at least 1"),
+    (9, None, 2, "expected at most 2"), (True, 0, 1, "expected a number, got bool"), ("1", 0, 1, "got str"),
+    (math.nan, 0, 1, "finite"), (10**400, 0, 1, "a number of 1329 bits"),
     (1 << 64, 0, 1, "got 1.84467e\\+19"), ((1 << 64) - 1, 0, 1, "got 18446744073709551615"), (7, None, None, None),
 ])
 def test_numbers_and_their_limits(value, low, high, message):
@@ -341,8 +358,10 @@ def test_numbers_and_their_limits(value, low, high, message):
 
 
 def test_tensors_up_to_their_limits():
-    assert checks.largest(torch.tensor([-3.0, 2.0])) == 3 and checks.largest(torch.tensor([True])) == 0 == checks.largest(torch.zeros(0))
-    assert checks.check_tensor(torch.full((1,), 1e9), "x") is not None and checks.check_image(torch.full((1, 2, 2, 3), 1e6), "x") is None
+    assert checks.largest(torch.tensor([-3.0, 2.0])) == 3
+    assert checks.largest(torch.tensor([True])) == 0 == checks.largest(torch.zeros(0))
+    assert checks.check_tensor(torch.full((1,), 1e9), "x") is not None
+    assert checks.check_image(torch.full((1, 2, 2, 3), 1e6), "x") is None
     for ask in (lambda: checks.check_tensor(torch.full((1,), 1.1e9), "x"), lambda: checks.check_image(torch.full((1, 2, 2, 3), 1.1e6), "x"),
                 lambda: checks.check_mask(torch.full((2, 2), 1.1e6), "x"), lambda: checks.check_image(torch.zeros(1, 2, 2, 2), "x"),
                 lambda: checks.check_tensor(torch.zeros(0, 2), "x"), lambda: checks.check_tensor(torch.zeros(2, 0), "x")):
@@ -377,7 +396,8 @@ def test_numbers_are_white_on_black_inside_the_picture():
         rows, columns = (written != 0.5).any(-1).nonzero().unbind(1)
         high, wide = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
         assert len(rows) == high * wide and 0 < written.max() <= 1 and written.min() == 0
-        assert int(rows.min()) == min(max(0, y - high // 2), 60 - high) and int(columns.min()) == min(max(0, x - wide // 2), 90 - wide)
+        assert int(rows.min()) == min(max(0, y - high // 2), 60 - high)
+        assert int(columns.min()) == min(max(0, x - wide // 2), 90 - wide)
         edge = written[int(rows.min()), int(columns.min()) : int(columns.max()) + 1]
         assert not edge.any()  # a margin around the digit
     from PIL import Image
@@ -393,7 +413,8 @@ def test_object_numbers_survive_eight_bits():
     assert torch.equal(stored[..., 0] + 256 * stored[..., 1], objects) and not stored[..., 2].any()
     large = torch.arange(2049 * 4).view(4, 2049) % 60000
     small = (_numbers(large) * 255).to(torch.uint8).long()
-    assert torch.equal(small[..., 0] + 256 * small[..., 1], large[1::3, 1::3]) and _numbers(torch.zeros(3, 1024)).shape == (3, 1024, 3)
+    assert torch.equal(small[..., 0] + 256 * small[..., 1], large[1::3, 1::3])
+    assert _numbers(torch.zeros(3, 1024)).shape == (3, 1024, 3)
 
 
 def test_answers_keep_what_scores_above_two_percent(monkeypatch):
@@ -408,7 +429,8 @@ def test_answers_keep_what_scores_above_two_percent(monkeypatch):
 
 
 @pytest.mark.parametrize("values, least, right", [
-    ([0.5, 0.5, 0.5], 0, True), ((0, 1, 2), 0, True), ([0.5, 0.5], 0, False), ([0.5] * 4, 0, False), ([0.5, 0.5, 2.1], 0, False), ([0.5, 0.5, 0.0], 1e-3, False),
+    ([0.5, 0.5, 0.5], 0, True), ((0, 1, 2), 0, True), ([0.5, 0.5], 0, False), ([0.5] * 4, 0, False),
+    ([0.5, 0.5, 2.1], 0, False), ([0.5, 0.5, 0.0], 1e-3, False),
     ([0.5, 0.5, "1"], 0, False), ("abc", 0, False), (None, 0, False), ([1e-3] * 3, 1e-3, True),
 ])
 def test_three_numbers_of_a_normalisation(values, least, right):
@@ -416,8 +438,10 @@ def test_three_numbers_of_a_normalisation(values, least, right):
 
 
 @pytest.mark.parametrize("numbers, right", [
-    ((0.33, 0.5, 1024, 640), True), ((4, 4, 1 << 16, 8192), True), ((1e-3, 1e-3, 1, 32), True), ((0, 1, 512, 640), False), ((4.1, 1, 512, 640), False),
-    ((1, 0, 512, 640), False), ((1, 4.1, 512, 640), False), ((1, 1, 0, 640), False), ((1, 1, (1 << 16) + 1, 640), False), ((1, 1, 512, 31), False),
+    ((0.33, 0.5, 1024, 640), True), ((4, 4, 1 << 16, 8192), True), ((1e-3, 1e-3, 1, 32), True), ((0, 1, 512, 640), False),
+    ((4.1, 1, 512, 640), False),
+    ((1, 0, 512, 640), False), ((1, 4.1, 512, 640), False), ((1, 1, 0, 640), False), ((1, 1, (1 << 16) + 1, 640), False),
+    ((1, 1, 512, 31), False),
     ((1, 1, 512, 8193), False), ((math.nan, 1, 512, 640), False), ((1, math.inf, 512, 640), False),
 ])
 def test_scales_that_a_yolo_can_have(numbers, right):
@@ -457,19 +481,23 @@ def onnx(monkeypatch, shape=([1, 3, 64, 96],), answers=((1, 37, 10), (1, 32, 16,
 
 def test_an_onnx_file_tells_its_size_and_precision(monkeypatch):
     fixed = onnx(monkeypatch)
-    assert fixed.fixed_size == (64, 96) and fixed.size == 96 and not fixed.half and fixed.session.providers == ["CPUExecutionProvider"]
+    assert fixed.fixed_size == (64, 96) and fixed.size == 96 and not fixed.half
+    assert fixed.session.providers == ["CPUExecutionProvider"]
     free = onnx(monkeypatch, ([1, 3, "h", 96], "tensor(float16)"))
     assert free.fixed_size is None and free.size == 1024 and free.half
     assert onnx(monkeypatch, device="cuda").session.providers == ["CUDAExecutionProvider", "CPUExecutionProvider"]
     for network, kind in ((fixed, "float32"), (free, "float16")):
         prediction, prototypes = network(torch.zeros(1, 3, 64, 96))
-        assert prediction.shape == (37, 10) and prototypes.shape == (32, 16, 24) and prediction.dtype == prototypes.dtype == torch.float32
+        assert prediction.shape == (37, 10) and prototypes.shape == (32, 16, 24)
+        assert prediction.dtype == prototypes.dtype == torch.float32
         assert network.session.given["images"].dtype == kind
 
 
 @pytest.mark.parametrize("shape, answers, message", [
-    (([1, 3, 64],), ((1, 37, 10), (1, 32, 16, 24)), "is no YOLOv8-seg export"), (([1, 3, 64, 64],), ((1, 37, 10),), "outputs of rank .3."),
-    (([1, 3, 64, 64],), ((1, 37, 10), (1, 31, 16, 24)), "has 31 prototypes, expected 32"), (([1, 3, 64, 64],), ((1, 116, 10), (1, 32, 16, 24)), "has 80 classes"),
+    (([1, 3, 64],), ((1, 37, 10), (1, 32, 16, 24)), "is no YOLOv8-seg export"), (([1, 3, 64, 64],),
+    ((1, 37, 10),), "outputs of rank .3."),
+    (([1, 3, 64, 64],), ((1, 37, 10), (1, 31, 16, 24)), "has 31 prototypes, expected 32"), (([1, 3, 64, 64],), ((1, 116, 10),
+    (1, 32, 16, 24)), "has 80 classes"),
 ])
 def test_an_onnx_file_of_another_network(monkeypatch, shape, answers, message):
     with pytest.raises(ValueError, match=f"^x.onnx .*{message}"):

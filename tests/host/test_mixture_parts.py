@@ -46,7 +46,8 @@ def test_weights_of_a_window_sum_to_one_on_any_grid(size):
     masks = [0.3 * random(3, 4, 4), 0.5 * random(3, 4, 4, seed=1)]
     x = torch.zeros(2, 4, *size, dtype=torch.float64)
     parts = mixture(*masks)._parts((0, 1), (2, 0), x)
-    assert [style for style, _ in parts] == [0, 1, BASE] and all(weight.shape == (2, 1, *size) and weight.dtype == torch.float64 for _, weight in parts)
+    assert [style for style, _ in parts] == [0, 1, BASE]
+    assert all(weight.shape == (2, 1, *size) and weight.dtype == torch.float64 for _, weight in parts)
     torch.testing.assert_close(sum(weight for _, weight in parts), torch.ones(2, 1, *size, dtype=torch.float64), rtol=0, atol=1e-6)
     for (_, weight), mask in zip(parts, masks):
         expected = torch.nn.functional.adaptive_avg_pool2d(mask[[2, 0]][:, None], size)
@@ -68,7 +69,8 @@ def test_a_styles_own_prompt_replaces_the_positive_only():
     theirs = [{"uuid": "t", "model_conds": {"c": comfy.conds.CONDRegular(random(3, 2))}}]
     own = mixture(random(3, 4, 4), random(3, 4, 4), conds={"positive": positive, "negative": negative, cond_name(1): theirs})
     every, part = (0, 1, 2), (2, 0)
-    assert own._condition(1, positive, every, {}) is theirs and own._condition(BASE, positive, every, {}) is positive and own._condition(1, None, every, {}) is None
+    assert own._condition(1, positive, every, {}) is theirs and own._condition(BASE, positive, every, {}) is positive
+    assert own._condition(1, None, every, {}) is None
     cut = own._condition(1, [{"uuid": "p", "x": 1}], part, {})
     assert torch.equal(cut[0]["model_conds"]["c"].cond, theirs[0]["model_conds"]["c"].cond[[2, 0]])
     for style, cond in ((0, positive), (1, negative)):
@@ -81,7 +83,8 @@ def test_conditions_with_a_row_for_each_sample_keep_their_window():
     each, shared, number = (comfy.conds.CONDRegular(random(*shape)) for shape in ((3, 2), (1, 2), (4, 2)))
     entry = {"uuid": 1, "model_conds": {"a": each, "b": shared, "c": number, "d": comfy.conds.CONDConstant(5)}}
     found = _rows_of(entry, (2, 0), 3)["model_conds"]
-    assert torch.equal(found["a"].cond, each.cond[[2, 0]]) and found["b"] is shared and found["c"] is number and found["d"].cond == 5
+    assert torch.equal(found["a"].cond, each.cond[[2, 0]]) and found["b"] is shared and found["c"] is number
+    assert found["d"].cond == 5
     single = {"model_conds": {"b": shared}}
     assert _rows_of(single, (0, 0), 1)["model_conds"]["b"] is shared and _rows_of({}, (0,), 3) == {"model_conds": {}}
 
@@ -133,7 +136,8 @@ def test_like_hooks_and_patches():
 
 
 @pytest.mark.parametrize("key, belongs", [
-    ("unet.a.lora_up.weight", True), ("unet.a.alpha", True), ("unet.a_lora.up.weight", True), ("unet.b.alpha", False), ("unet.a", False), ("x", False),
+    ("unet.a.lora_up.weight", True), ("unet.a.alpha", True), ("unet.a_lora.up.weight", True), ("unet.b.alpha", False),
+    ("unet.a", False), ("x", False),
 ])
 def test_tensors_of_known_layers(key, belongs):
     assert _belongs(key, {"unet.a": 1}) is belongs

@@ -1,7 +1,5 @@
 """Style Reference's parts: what a row shows at a level, which calls and rows it acts on, weights, masks of other nodes."""
 
-import math
-
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
@@ -11,7 +9,7 @@ from pastiche.nodes.host.references.install import _styles, borrow_structure, pa
 from pastiche.nodes.host.references.layout import Call, Layout, Probe, chained, named, small_shape, token_axis
 from pastiche.nodes.host.references.run import _Added, _cropped, _first_rows, _shapes, borrowed_calls, chosen_calls
 from pastiche.nodes.host.references.settings import Borrow, Cures, Reference
-from pastiche.nodes.host.references.sharing import Sharing, _lengthened, _normalised, _rows_of, _unconditional
+from pastiche.nodes.host.references.sharing import Part, Sharing, _lengthened, _normalised, _rows_of, _unconditional
 from pastiche.nodes.host.references.sources import PictureSource, TrajectorySource, seeded_noise
 from pastiche.nodes.host.trajectories.inversion import invert
 from pastiche.nodes.sockets import Fingerprint, Trajectory
@@ -42,7 +40,8 @@ def shown(sigma, rows=(1,)):
 
 
 @pytest.mark.parametrize("sigma, low, share", [
-    (0.0, 0, 0.0), (1.0, 1, 0.0), (3.0, 2, 0.0), (9.0, 2, 0.0), (2.0, 1, 0.5), (1.5, 1, 0.25), (0.4, 0, 0.4), (1.00002, 1, 0.0), (2.99998, 2, 0.0),
+    (0.0, 0, 0.0), (1.0, 1, 0.0), (3.0, 2, 0.0), (9.0, 2, 0.0), (2.0, 1, 0.5), (1.5, 1, 0.25), (0.4, 0, 0.4),
+    (1.00002, 1, 0.0), (2.99998, 2, 0.0),
 ])
 def test_a_trajectorys_row_lies_on_the_straight_line_between_its_levels(sigma, low, share):
     latents = trajectory().latents[:, 1:]
@@ -52,7 +51,8 @@ def test_a_trajectorys_row_lies_on_the_straight_line_between_its_levels(sigma, l
 
 
 @pytest.mark.parametrize("sigma, due, refused", [
-    (3.014, SigmaRange(), False), (3.016, SigmaRange(), True), (5.0, SigmaRange(4.0, 0.0), False), (5.0, SigmaRange(6.0, 4.5), True),
+    (3.014, SigmaRange(), False), (3.016, SigmaRange(), True), (5.0, SigmaRange(4.0, 0.0), False),
+    (5.0, SigmaRange(6.0, 4.5), True),
     (2.0, SigmaRange(), False),
 ])
 def test_an_inversion_that_ends_below_the_sampling_is_refused(sigma, due, refused):
@@ -75,7 +75,8 @@ def test_a_picture_is_noised_as_its_models_equation_says(name):
 
 def test_noise_of_references():
     a = seeded_noise((4, 8, 8), 2**64 - 1)
-    assert a.shape == (1, 4, 8, 8) and torch.equal(a, seeded_noise((4, 8, 8), 2**64 - 1)) and not torch.equal(a, seeded_noise((4, 8, 8), 0))
+    assert a.shape == (1, 4, 8, 8) and torch.equal(a, seeded_noise((4, 8, 8), 2**64 - 1))
+    assert not torch.equal(a, seeded_noise((4, 8, 8), 0))
 
 
 @pytest.mark.parametrize("text, expected", [("0, 2", [0, 1]), ("1, 3", [0.25, 0.75]), (" ", [0.5, 0.5]), ("0.5,0.5", [0.5, 0.5])])
@@ -147,7 +148,6 @@ def test_calls_by_place_and_by_number():
     assert chosen_calls(reference(places=frozenset({("output", 0), ("output", 1), ("output", 3)})), layout) == {0, 3}
     assert chosen_calls(reference(layers=frozenset({0, 2})), layout) == {0, 3}
     for count, expected in ((2, {1}), (3, {1, 2}), (4, {2, 3}), (6, {2, 3, 4, 5})):  # number >= count / 3
-        assert {layout_number for layout_number in range(count) if 3 * layout_number >= count} == expected
         calls = Layout(tuple(Call(10, (0, 10)) for _ in range(count)))
         assert chosen_calls(reference(), calls) == expected
     with pytest.raises(ValueError, match="has 3 attention layers about the picture, 0-2; got 5"):
@@ -156,7 +156,8 @@ def test_calls_by_place_and_by_number():
 
 def test_rows_are_added_once_for_each_source_seed_and_chunks():
     added, one, two = _Added(4, 2), PictureSource(torch.zeros(1)), PictureSource(torch.ones(1))
-    assert added.place(one, 0, (0, 1)) == slice(4, 8) and added.place(two, 0, (1,)) == slice(8, 10) and added.place(one, 0, (0, 1)) == slice(4, 8)
+    assert added.place(one, 0, (0, 1)) == slice(4, 8) and added.place(two, 0, (1,)) == slice(8, 10)
+    assert added.place(one, 0, (0, 1)) == slice(4, 8)
     assert added.place(one, 1, (0, 1)) == slice(10, 14)
     assert added.copied == [0, 1, 2, 3, 2, 3, 0, 1, 2, 3] and added.chunks == [0, 1, 1, 0, 1]
 
@@ -177,7 +178,7 @@ def test_conditions_of_one_row_in_a_smaller_picture():
 def test_a_small_latent_keeps_the_remainders_of_16():
     assert small_shape((100, 50)) == (20, 18) and small_shape((3, 64, 64)) == (3, 16, 16)
     assert small_shape((32, 16)) == (16, 16) and small_shape((31, 16)) is None and small_shape((16, 31)) is None
-    assert small_shape((33, 16)) == (17, 16) or 2 * 17 * 16 > 33 * 16
+    assert small_shape((33, 16)) is None and small_shape((34, 32)) == (18, 16)
 
 
 def test_a_layout_grows_with_the_picture():
@@ -229,7 +230,8 @@ def test_other_nodes_masks_go_with_their_rows():
     batch, heads, rows = 3, 2, [0, 2]
     one, each, shared = random(5, 5), random(3, 1, 5, 5), random(1, 1, 5, 5)
     folded = random(batch * heads, 5, 5)
-    assert _rows_of(None, rows, batch, heads) is None and _rows_of(one, rows, batch, heads) is one and _rows_of(shared, rows, batch, heads) is shared
+    assert _rows_of(None, rows, batch, heads) is None and _rows_of(one, rows, batch, heads) is one
+    assert _rows_of(shared, rows, batch, heads) is shared
     assert torch.equal(_rows_of(each, rows, batch, heads), each[rows])
     assert torch.equal(_rows_of(folded, rows, batch, heads), folded[[0, 1, 4, 5]])
     padding = random(3, 5)  # (batch, keys)
@@ -256,14 +258,13 @@ def test_statistics_are_left_alone_where_turning_positions_are_unknown():
 
 
 def test_calls_of_other_sizes_than_expected_are_passed_through():
-    from pastiche.nodes.host.references.sharing import Part
-
     part = Part(reference(), None, (0,), (slice(1, 2),), None, frozenset({0}))
     q = random(2, 7, 8)
     stray = sharing(parts=[part])
     assert torch.equal(stray(attention_pytorch, q, q, q, 2), attention_pytorch(q, q, q, 2)) and stray.strayed and stray.count == 1
     alone = sharing(parts=[part])
-    assert torch.equal(alone(attention_pytorch, q[:1, :6], q[:1, :6], q[:1, :6], 2), attention_pytorch(q[:1, :6], q[:1, :6], q[:1, :6], 2)) and alone.strayed
+    assert torch.equal(alone(attention_pytorch, q[:1, :6], q[:1, :6], q[:1, :6], 2), attention_pytorch(q[:1, :6], q[:1, :6], q[:1, :6], 2))
+    assert alone.strayed
     fits = sharing(parts=[part])
     assert not torch.equal(fits(attention_pytorch, q[:, :6], q[:, :6], q[:, :6], 2)[:1], attention_pytorch(q[:1, :6], q[:1, :6], q[:1, :6], 2))
-    assert not fits.strayed and math.isfinite(float(q.sum()))
+    assert not fits.strayed

@@ -70,10 +70,13 @@ def test_rows_have_their_own_conditions_no_more_and_no_less():
     batch = value.expand(4, 3, 5)
     fits = lambda conditions, **wanted: _has_its_own(conditions, place, wanted)
     assert fits({"c": batch}, c=(value, False)) and fits({"c": batch, "y": None}, c=(value, False), z=(None, False)) and fits({})
-    assert not fits({"c": batch, "y": batch}, c=(value, False)) and not fits({}, c=(value, False)) and not fits({"c": batch[:3]}, c=(value, False))
-    assert not fits({"c": batch}, c=(random(1, 3, 6), False)) and not fits({"c": batch}, c=(random(3, 5), False)) and not fits({"c": 5}, c=(value, False))
+    assert not fits({"c": batch, "y": batch}, c=(value, False)) and not fits({}, c=(value, False))
+    assert not fits({"c": batch[:3]}, c=(value, False))
+    assert not fits({"c": batch}, c=(random(1, 3, 6), False)) and not fits({"c": batch}, c=(random(3, 5), False))
+    assert not fits({"c": 5}, c=(value, False))
     longer = random(4, 6, 5)
-    assert fits({"c": longer}, c=(value, True)) and not fits({"c": longer}, c=(value, False)) and not fits({"c": random(4, 7, 5)}, c=(value, True))
+    assert fits({"c": longer}, c=(value, True)) and not fits({"c": longer}, c=(value, False))
+    assert not fits({"c": random(4, 7, 5)}, c=(value, True))
     assert not fits({"c": longer}, c=(random(1, 4, 5), True)) and fits({"c": random(4, 8)}, c=(random(1, 8), True))
 
 
@@ -155,7 +158,8 @@ def test_substeps_lie_evenly_in_the_models_timestep():
     sampling = tiny_unet().get_model_object("model_sampling")
     ascending = torch.cat([torch.zeros(1), sampling.sigmas[[200, 600, 999]]])
     levels, keep = _refine(sampling, ascending, 4, torch.tensor(0.0))
-    assert len(levels) == 13 and keep == [True] + [False, False, False, True] * 3 and torch.equal(levels[[0, 4, 8, 12]], ascending)
+    assert len(levels) == 13 and keep == [True] + [False, False, False, True] * 3
+    assert torch.equal(levels[[0, 4, 8, 12]], ascending)
     steps = [float(sampling.timestep(level.view(1))) for level in levels[4:]]
     assert steps == pytest.approx([200, 300, 400, 500, 600, 700, 800, 899, 999], abs=1.5)
     assert _refine(sampling, ascending, 1, torch.tensor(0.0))[1] == [True] * 4
@@ -181,7 +185,8 @@ def test_witnesses_hear_which_step_is_asked_about():
 
 
 def test_pictures_of_films_are_frames():
-    assert _images(torch.zeros(2, 5, 8, 9, 4)).shape == (10, 8, 9, 3) and _images(torch.zeros(2, 8, 9, 3, dtype=torch.float16)).dtype == torch.float32
+    assert _images(torch.zeros(2, 5, 8, 9, 4)).shape == (10, 8, 9, 3)
+    assert _images(torch.zeros(2, 8, 9, 3, dtype=torch.float16)).dtype == torch.float32
 
 
 # networks
@@ -256,7 +261,8 @@ def test_phrases_for_nothing_choose_nothing():
 
 def test_modes_choose_their_own_prompts():
     everything = lambda **prompt: choose(segments(2), torch.zeros(8, 8, 3), 0, Prompt(**prompt))
-    assert everything() == ([0, 1], []) == everything(mode="everything", phrases=("a",)) and everything(mode="largest", count=1) == ([0], [])
+    assert everything() == ([0, 1], []) == everything(mode="everything", phrases=("a",))
+    assert everything(mode="largest", count=1) == ([0], [])
     for mode in ("points", "boxes", "text"):
         with pytest.raises(ValueError, match=f'^mode is "{mode}", but none are given'):
             everything(mode=mode)
@@ -271,7 +277,8 @@ def test_masks_are_finished_in_order():
     masks[0, 4, 4] = masks[1, 0, 0] = 1
     assert _finish(masks, Finish()).shape == (1, 9, 9) and _finish(masks, Finish(merge=False)).shape == (2, 9, 9)
     grown = _finish(masks, Finish(merge=False, grow=1))
-    assert grown.sum((1, 2)).tolist() == [5, 3] and torch.equal(_finish(masks, Finish(merge=False, grow=1, invert=True)), 1 - grown)
+    assert grown.sum((1, 2)).tolist() == [5, 3]
+    assert torch.equal(_finish(masks, Finish(merge=False, grow=1, invert=True)), 1 - grown)
     assert 0 < _finish(masks, Finish(feather=2.0))[0, 4, 6] < 1
 
 
@@ -287,7 +294,8 @@ def test_the_two_halves_of_a_clip(monkeypatch):
     assert torch.equal(encoder.embed_images(torch.zeros(1, 2)), torch.ones(1, 2))
     monkeypatch.setattr(models, "find_clip_folder", lambda name: name)
     monkeypatch.setattr(models, "FolderEncoder", lambda path: made.append(path) or path)
-    assert [sam.text_encoder(folder=folder)() for folder in ("a", "a", "b", "a")] == ["a", "a", "b", "a"] and made == ["a", "b", "a"]
+    assert [sam.text_encoder(folder=folder)() for folder in ("a", "a", "b", "a")] == ["a", "a", "b", "a"]
+    assert made == ["a", "b", "a"]
 
 
 def test_models_of_other_packs_folders_are_listed_by_their_type(monkeypatch):
@@ -308,7 +316,8 @@ def test_models_of_other_packs_folders_are_listed_by_their_type(monkeypatch):
 
 def test_what_pytorch_says_of_a_pickle_is_cut_to_its_culprit():
     assert _culprit("first\n  GLOBAL os.system was not allowed\nmore") == "GLOBAL os.system was not allowed"
-    assert _culprit("Unsupported operand 5") == "Unsupported operand 5" and _culprit(" plain ") == "plain" and len(_culprit("GLOBAL " + "x" * 300)) == 200
+    assert _culprit("Unsupported operand 5") == "Unsupported operand 5" and _culprit(" plain ") == "plain"
+    assert len(_culprit("GLOBAL " + "x" * 300)) == 200
 
 
 def test_layouts_of_other_generations_of_ultralytics():
@@ -324,8 +333,10 @@ def test_layouts_of_other_generations_of_ultralytics():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({}, None), (dict(scores=torch.zeros(2, 4)), "has 2 classes"), (dict(coefficients=torch.zeros(31, 4)), "31 mask coefficients and 32"),
-    (dict(prototypes=torch.zeros(33, 4)), "32 mask coefficients and 33"), (dict(scores=None), "lacks model.22.cv3"), (dict(prototypes=None), "has no mask head"),
+    ({}, None), (dict(scores=torch.zeros(2, 4)), "has 2 classes"),
+    (dict(coefficients=torch.zeros(31, 4)), "31 mask coefficients and 32"),
+    (dict(prototypes=torch.zeros(33, 4)), "32 mask coefficients and 33"), (dict(scores=None), "lacks model.22.cv3"),
+    (dict(prototypes=None), "has no mask head"),
     (dict(coefficients=None), "has no mask head"), (dict(prototypes=torch.full((32, 4), float("nan"))), "holds NaN"),
     (dict(prototypes=torch.zeros(32, 1).expand(32, 4)), "is a repeated tensor"),
 ])
@@ -372,7 +383,8 @@ def test_states_that_are_not_there(tmp_path):
 
 
 def test_versions():
-    assert not warn_if_too_old("0.20.0") and not warn_if_too_old("0.20.0rc1") and not warn_if_too_old("99.0") and warn_if_too_old("0.19.9") and warn_if_too_old("0")
+    assert not warn_if_too_old("0.20.0") and not warn_if_too_old("0.20.0rc1") and not warn_if_too_old("99.0")
+    assert warn_if_too_old("0.19.9") and warn_if_too_old("0")
     assert warn_if_too_old("a fork's own") is False
 
 
@@ -395,7 +407,8 @@ def test_an_older_comfyuis_interface_is_completed():
 
     own = CompletedIO(Old)
     own.Float.Input("a", default=2.0, advanced=True)
-    assert made == [("a", 2.0)] and own.BoundingBox == ("custom", "BOUNDING_BOX") and own.BoundingBoxes == ("custom", "BOUNDING_BOXES")
+    assert made == [("a", 2.0)] and own.BoundingBox == ("custom", "BOUNDING_BOX")
+    assert own.BoundingBoxes == ("custom", "BOUNDING_BOXES")
     seeds = own.ControlAfterGenerate
     assert seeds.fixed is seeds.increment is seeds.decrement is seeds.randomize is True
     assert own.Schema("x", advanced=True) == ("x", {"advanced": True})

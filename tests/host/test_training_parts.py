@@ -73,7 +73,8 @@ def test_pictures_are_encoded_once_and_once_mirrored():
     encode = vae.encode
     vae.encode = lambda image: seen.append(image) or encode(image)
     data = training_images(None, picture, vae, True)
-    assert data.mean.shape == data.std.shape == (2, 2, 4, 3, 5) and data.samples_posterior and len(data) == 2 and data.shape == (1, 4, 3, 5)
+    assert data.mean.shape == data.std.shape == (2, 2, 4, 3, 5) and data.samples_posterior and len(data) == 2
+    assert data.shape == (1, 4, 3, 5)
     assert torch.equal(seen[0], picture[..., :3]) and torch.equal(seen[1], picture[..., :3].flip(2))
     assert training_images(None, picture, vae, False).mean.shape == (1, 2, 4, 3, 5)
     mixed = FakeVAE(moments, moments[:, :4] + 1)
@@ -85,7 +86,8 @@ def test_pictures_are_encoded_once_and_once_mirrored():
 
 @pytest.mark.parametrize("latents, image, vae, message", [
     (None, None, None, "got neither"), ({"samples": torch.zeros(1, 4, 8, 8)}, torch.zeros(1, 8, 8, 3), None, "got both"),
-    (None, torch.zeros(1, 8, 8, 3), None, "^image needs a vae"), (None, torch.zeros(0, 8, 8, 3), object(), "^image: got a batch of 0"),
+    (None, torch.zeros(1, 8, 8, 3), None, "^image needs a vae"),
+    (None, torch.zeros(0, 8, 8, 3), object(), "^image: got a batch of 0"),
     ({"samples": torch.zeros(0, 4, 8, 8)}, None, None, "^latents: got a batch of 0"),
     ({"samples": torch.full((1, 4, 8, 8), float("inf"))}, None, None, "^latents: holds NaN or infinite"),
 ])
@@ -192,7 +194,8 @@ def test_deterministic_kernels_are_switched_on_and_back():
                 assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
                 assert torch.utils.deterministic.fill_uninitialized_memory is False
                 raise RuntimeError("stopped")
-            assert torch.are_deterministic_algorithms_enabled() is before and not torch.is_deterministic_algorithms_warn_only_enabled()
+            assert torch.are_deterministic_algorithms_enabled() is before
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
             assert torch.utils.deterministic.fill_uninitialized_memory is True
         torch.use_deterministic_algorithms(False)
         with deterministic(torch.device("cpu")):
@@ -218,7 +221,8 @@ def test_aliases_are_the_same_memory():
         made = torch.arange(12.0).view(3, 4)[1:, ::2]
     assert not _has_version(made) and _has_version(torch.zeros(1))
     alias = _alias(made)
-    assert _has_version(alias) and torch.equal(alias, made) and alias.data_ptr() == made.data_ptr() and alias.stride() == made.stride()
+    assert _has_version(alias) and torch.equal(alias, made) and alias.data_ptr() == made.data_ptr()
+    assert alias.stride() == made.stride()
 
 
 def test_blocks_are_those_of_lists_and_stages():
@@ -239,4 +243,5 @@ def test_small_parts():
         assert not _out_of_memory(error)
     tensor, other = torch.ones(2), object()
     copied = _ordinary([[tensor, {"a": tensor, "b": (tensor, other)}]])
-    assert copied[0][0] is not tensor and torch.equal(copied[0][0], tensor) and copied[0][1]["b"][1] is other and copied[0][1]["b"][0] is not tensor
+    assert copied[0][0] is not tensor and torch.equal(copied[0][0], tensor) and copied[0][1]["b"][1] is other
+    assert copied[0][1]["b"][0] is not tensor

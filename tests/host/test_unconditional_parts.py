@@ -70,12 +70,14 @@ def test_heads_divide_the_width():
 
 
 @pytest.mark.parametrize("family, scale_shift, expected", [
-    ("iDDPM", True, ("cosine", 4000)), ("iDDPM", False, ("linear", 1000)), ("ADM", True, ("linear", 1000)), ("DDPM", False, ("linear", 1000)),
+    ("iDDPM", True, ("cosine", 4000)), ("iDDPM", False, ("linear", 1000)), ("ADM", True, ("linear", 1000)),
+    ("DDPM", False, ("linear", 1000)),
 ])
 def test_schedules_of_the_published_models(family, scale_shift, expected):
     own = layout(family, scale_shift)
     assert own.schedule == expected == Reading().schedule(own)
-    assert Reading(betas="cosine").schedule(own) == ("cosine", expected[1]) and Reading(timesteps=7).schedule(own) == (expected[0], 7)
+    assert Reading(betas="cosine").schedule(own) == ("cosine", expected[1])
+    assert Reading(timesteps=7).schedule(own) == (expected[0], 7)
 
 
 def test_what_is_taken_for_granted_is_said():
@@ -96,18 +98,21 @@ def test_settings_within_their_limits():
     for note in ("1000000", "x", "100001", "-3"):
         with pytest.raises(ValueError, match="^x: its notes are not those"):
             Reading().noted({"pastiche.timesteps": note}, "x")
-    assert Reading(heads="4", timesteps=9).notes() == {"pastiche.heads": "4", "pastiche.timesteps": "9"} and Reading().notes() == {}
+    assert Reading(heads="4", timesteps=9).notes() == {"pastiche.heads": "4", "pastiche.timesteps": "9"}
+    assert Reading().notes() == {}
 
 
 def test_state_dicts_three_wrappers_deep():
     weights = {"a.weight": torch.zeros(1)}
-    assert _choose({"model": {"state_dict": {"ema": weights}}}, "x") == (weights, True) and _choose({"model": weights, "ema": weights}, "x")[1]
+    assert _choose({"model": {"state_dict": {"ema": weights}}}, "x") == (weights, True)
+    assert _choose({"model": weights, "ema": weights}, "x")[1]
     assert _choose({"model": {"net": {"unet": weights}}}, "x") == (weights, False)
     with pytest.raises(ValueError, match="^x holds no state dict"):
         _choose({"model": {"net": {"unet": {"params": weights}}}}, "x")
     last = {"b.weight": torch.ones(1)}
     assert _choose([weights, {"lr": 1}, 5, last], "x") == (last, True) and _choose([weights, 5], "x") == (weights, False)
-    assert _unwrapped({"module.model.a": 1, "module.model.b": 2}) == {"a": 1, "b": 2} and _unwrapped({"model.a": 1, "b": 2}) == {"model.a": 1, "b": 2}
+    assert _unwrapped({"module.model.a": 1, "module.model.b": 2}) == {"a": 1, "b": 2}
+    assert _unwrapped({"model.a": 1, "b": 2}) == {"model.a": 1, "b": 2}
 
 
 # the network
@@ -171,7 +176,9 @@ def test_predicted_pictures_are_clamped_where_it_is_asked_for():
         sampling = discrete_sampling(alphas_bar("linear", 100), comfy.model_sampling.EPS, limit)
         assert sampling.calculate_denoised(sigma, out, x).unique().tolist() == pytest.approx([expected])
         assert sampling.calculate_denoised(sigma, -out, x).unique().tolist() == pytest.approx([-expected])
-    assert sampling.num_timesteps == 100 and sampling.percent_to_sigma(0.0) == pytest.approx(float(sampling.sigmas[99])) and sampling.percent_to_sigma(1.0) == 0
+    assert sampling.num_timesteps == 100
+    assert sampling.percent_to_sigma(0.0) == pytest.approx(float(sampling.sigmas[99]))
+    assert sampling.percent_to_sigma(1.0) == 0
     ended = discrete_sampling(torch.tensor([0.5, 0.0]), comfy.model_sampling.EPS)
     assert float(ended.sigmas[1]) == pytest.approx(WIDEST_SIGMA) == pytest.approx((1 / 4.9e-8) ** 0.5, rel=1e-3)
 
@@ -185,8 +192,10 @@ def test_without_a_word_nothing_is_clamped():
 @pytest.mark.parametrize("change, right", [
     (dict(num_train_timesteps=1), True), (dict(num_train_timesteps=100_000), True), (dict(num_train_timesteps=0), False),
     (dict(num_train_timesteps=100_001), False), (dict(num_train_timesteps=True), False), (dict(num_train_timesteps=10.0), False),
-    (dict(trained_betas=[0.1]), True), (dict(trained_betas=[]), False), (dict(trained_betas=0.1), False), (dict(trained_betas=[0.1] * 100_001), False),
-    (dict(beta_start=1), True), (dict(beta_end=float("nan")), False), (dict(beta_end="x"), False), (dict(clip_sample_range=10**6), False),
+    (dict(trained_betas=[0.1]), True), (dict(trained_betas=[]), False), (dict(trained_betas=0.1), False),
+    (dict(trained_betas=[0.1] * 100_001), False),
+    (dict(beta_start=1), True), (dict(beta_end=float("nan")), False), (dict(beta_end="x"), False),
+    (dict(clip_sample_range=10**6), False),
     (dict(clip_sample_range=-100_000), True), (dict(beta_end=None), True), ({}, True),
 ])
 def test_numbers_of_a_schedule(change, right):
@@ -219,14 +228,17 @@ def test_values_are_shown_in_60_characters():
 
 
 @pytest.mark.parametrize("config, message", [
-    ({}, "block_out_channels is .224"), (dict(block_out_channels=[]), "block_out_channels is"), (dict(block_out_channels=[64, 65]), "at most 64 channels"),
+    ({}, "block_out_channels is .224"), (dict(block_out_channels=[]), "block_out_channels is"),
+    (dict(block_out_channels=[64, 65]), "at most 64 channels"),
     (dict(block_out_channels=[0]), "block_out_channels"), (dict(block_out_channels=[True]), "block_out_channels"),
     (dict(block_out_channels=[64] * 3, layers_per_block=2), "3 blocks of layers_per_block 2 are more than the 5 tensors"),
-    (dict(block_out_channels=[64], layers_per_block=0), "layers_per_block 0"), (dict(block_out_channels=[64], layers_per_block=6), "layers_per_block 6"),
+    (dict(block_out_channels=[64], layers_per_block=0), "layers_per_block 0"),
+    (dict(block_out_channels=[64], layers_per_block=6), "layers_per_block 6"),
     (dict(block_out_channels=[64, 64], layers_per_block=1, up_block_types=["a"]), "up_block_types must name 2 blocks"),
     (dict(block_out_channels=[64], layers_per_block=1, down_block_types=[5]), "down_block_types must name 1 blocks"),
     (dict(block_out_channels=[64], layers_per_block=1, down_block_types="a"), "down_block_types must name 1 blocks"),
-    (dict(block_out_channels=[64, 1], layers_per_block=2, up_block_types=["a", "b"]), None), (dict(block_out_channels=[64], layers_per_block=5), None),
+    (dict(block_out_channels=[64, 1], layers_per_block=2, up_block_types=["a", "b"]), None),
+    (dict(block_out_channels=[64], layers_per_block=5), None),
 ])
 def test_sizes_that_the_weights_cannot_have(config, message):
     shapes = {str(number): (64, 3) for number in range(5)}
@@ -246,7 +258,8 @@ def test_tensors_that_are_missing_or_of_another_shape_are_counted():
 
 
 def test_inside_is_below(tmp_path):
-    assert lies_inside(tmp_path / "a" / "b", tmp_path) and not lies_inside(tmp_path, tmp_path) and not lies_inside(tmp_path / "..", tmp_path)
+    assert lies_inside(tmp_path / "a" / "b", tmp_path) and not lies_inside(tmp_path, tmp_path)
+    assert not lies_inside(tmp_path / "..", tmp_path)
     assert not lies_inside(tmp_path / "a" / ".." / ".." / "b", tmp_path)
 
 
@@ -270,7 +283,8 @@ def test_core_makes_the_model_again_from_what_is_kept(root):
     other = again(*arguments, disable_dynamic=True)
     assert type(other) is type(model) and other is not model and conditioning == [[None, {}]] and vae is not None
     ours, theirs = (each.model.diffusion_model.state_dict() for each in (model, other))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == torch.bfloat16 for key in ours)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == torch.bfloat16 for key in ours)
     assert model.model.model_config.memory_usage_factor == 32 / 320 and not any(p.requires_grad for p in model.model.parameters())
     assert not model.model.diffusion_model.training and isinstance(model.model.latent_format, PixelSpace)
     assert arguments == ("net", "bf16", False) and types.FunctionType is type(again)
