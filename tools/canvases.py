@@ -28,6 +28,13 @@ CANVASES: dict[str, tuple[dict, list[list[tuple[str, int, int]]], bool]] = {
         "5": _entry("PasticheStyleInjection", model=["1", 0], style=["4", 0], gamma=0.75, temperature=1.5, strength=1.0, layers="6-11",
                     start_percent=0.0, end_percent=1.0),
     }, [[("1", 240, 0)], [("2", 280, 0), ("4", 340, 0)], [("3", 260, 0), ("5", 280, 0)]], False),
+    "style_gallery": ({
+        **_MODEL, "2": _entry("BasicScheduler", model=["1", 0], scheduler="normal", steps=20, denoise=1.0),
+        "3": _entry("PasticheStyleLibrary", style="ready/watercolour", model=["1", 0], memory="ram", vae=["1", 1], sigmas=["2", 0], positive=["1", 2], size=256,
+                    streams="self_attention", layers="6-11"),
+        "4": _entry("PasticheStyleInjection", model=["1", 0], style=["3", 0], gamma=0.75, temperature=1.5, strength=1.0, layers="6-11"),
+        "5": _entry("PasticheLatentAdaIN", "Latent AdaIN: style is the library's noise", style=["3", 2], strength=1.0),
+    }, [[("1", 230, 0), ("2", 230, 0)], [("3", 520, 780)], [("4", 280, 0), ("5", 320, 0)]], False),
     "unconditional_wiring": ({
         "1": _entry("PasticheLoadUnconditional", folder="ddpm-church-256", weight_dtype="default", clip_denoised=False),
         "2": _entry("PasticheSamplePicture", picture="dandelion"), "3": _entry("VAEEncode", pixels=["2", 0], vae=["1", 1]),

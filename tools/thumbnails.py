@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from templates import TEMPLATES, Template
 
 SIZE, INSET, EDGE = 512, 150, 6
+PICTURE = {"PasticheStyleLibrary": 4}  # the output that is a picture, where it is not the first
 RESULTS = ROOT / ".environment" / "artifacts" / "results"
 
 
@@ -21,7 +22,7 @@ def run(server: Server, template: Template, prompt: dict) -> dict[str, Path]:
     prompt = json.loads(json.dumps(prompt))
     keys = {node["_meta"]["title"]: key for key, node in prompt.items()}
     for title in dict.fromkeys(template.shown[:2]):
-        prompt[f"shown {title}"] = {"class_type": "PreviewImage", "inputs": {"images": [keys[title], 0]}, "_meta": {"title": title}}
+        prompt[f"shown {title}"] = {"class_type": "PreviewImage", "inputs": {"images": [keys[title], PICTURE.get(prompt[keys[title]]["class_type"], 0)]}, "_meta": {"title": title}}
         keys[title] = f"shown {title}"
     result = server.run(prompt)
     found = {}

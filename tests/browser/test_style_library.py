@@ -7,7 +7,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
+from host.comfy import ServerError
 
 NODE = "PasticheStyleLibrary"
 FIND = f'(() => app.graph.nodes.find((n) => n.type === "{NODE}"))()'
@@ -110,6 +110,8 @@ def test_choose_run_save_and_delete(library, folder, artifacts):
 
     # deleting asks first, and takes that file only
     choose(library, mine)
+    time.sleep(0.5)
+    assert library.page.evaluate("() => [...document.querySelectorAll('[aria-invalid=true]')].map((e) => e.innerText)") == []  # the list above knows it, too
     click_on(library, "[data-action=delete]")
     assert f"Delete {mine[6:-12]}" in status(library) and "cannot be brought back" in status(library)
     library.page.screenshot(artifacts / f"style_library_delete_{library.mode}.png")
@@ -137,6 +139,7 @@ def test_keyboard(library, folder):
     assert library.page.evaluate("() => app.graph.nodes.length") == 5
 
 
+@pytest.mark.parametrize("library", ["classic"], indirect=True)  # the same in both
 def test_a_file_that_changed_meanwhile_stays(library, folder):
     choose(library, "saved/theirs.safetensors")
     click_on(library, "[data-action=delete]")
@@ -146,10 +149,9 @@ def test_a_file_that_changed_meanwhile_stays(library, folder):
     assert (folder / "theirs.safetensors").exists()
 
 
+@pytest.mark.parametrize("library", ["classic"], indirect=True)  # the same in both
 def test_a_style_of_another_model_is_told_and_marked(library, folder):
     choose(library, "saved/theirs.safetensors")
-    from host.comfy import ServerError
-
     with pytest.raises(ServerError):
         library.queue()
     library.page.wait_for(f"() => [...{VIEW}.querySelectorAll('[role=option]')].find((t) => t.dataset.key === 'saved/theirs.safetensors').className.includes('unfit')")
@@ -158,6 +160,7 @@ def test_a_style_of_another_model_is_told_and_marked(library, folder):
         library.page.key("Escape")
 
 
+@pytest.mark.parametrize("library", ["nodes2"], indirect=True)
 def test_the_limit_is_set_here_and_kept_when_saving(library, folder):
     box = library.page.evaluate(f"() => {{ const r = {VIEW}.querySelector('input[type=number]').getBoundingClientRect(); return [r.x + 20, r.y + r.height / 2]; }}")
     library.page.click(*box, count=2)
