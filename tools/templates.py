@@ -93,6 +93,18 @@ QUICK = Box(
     "StyleID on the mini model: both pictures are inverted, and the photo is drawn again with the painting's attention.",
 )
 
+REFERENCE = "The style picture runs beside the sample"
+
+
+def _reference(file: str, api: str, note: str, pictures: tuple[tuple[str, ...], ...], start: tuple[str, ...], sizes: dict[str, tuple[int, int]],
+               **thumbnail) -> Template:
+    """A graph of Style Reference: pictures and what they need, from which noise (may be empty), the node, the result."""
+    groups = (("Start", (start,) if start else ()), ("Style", ((REFERENCE,),)), ("Draw", (("Sampler", "Sample", "Decode", "Result"), ("Compare",))))
+    numbered = enumerate(((title, columns) for title, columns in groups if columns), 2)
+    stacks = ((("", ((NOTE,),)), ("1 Pictures", pictures)), *(((f"{number} {title}", columns),) for number, (title, columns) in numbered))
+    return Template(file, api, note, stacks, sizes=sizes, **thumbnail)
+
+
 TEMPLATES = [
     Template(
         "01 Quick start - a photo in a painting's manner", "quick_start_mini",
@@ -247,51 +259,36 @@ TEMPLATES = [
          "DiffStyler on the object": (320, 360), "Compare StyleID": (320, 400), "Compare DiffStyler": (320, 400)},
         ("Content", "Style", "StyleID on the object"),
     ),
-    Template(
+    _reference(
         "09 Style Reference - one node, no inversion, any model", "style_reference_mini",
         "## Style Reference\n\n"
         "The style picture runs beside the sample, whose attention sees it. Nothing is inverted: the photo gets new noise "
         "and is painted over. Works the same on Flux, SD3.5, Qwen-Image, Z-Image, Wan and U-Nets.\n\n"
         "**Change first:** *denoise* of the schedule: how much is repainted; then *gamma*: how much of the photo's own attention stays.",
-        (
-            (("", ((NOTE,),)),
-             ("1 Pictures", (("My picture", "Style"), ("Mini model", "Picture size", "Style size"),
-                             ("Schedule from a noised start", "Encode picture", "Encode style")))),
-            (("2 Style", (("The style picture runs beside the sample",),)),),
-            (("3 Draw", (("Sampler", "Sample", "Decode", "Result"), ("Compare",))),),
-        ),
-        sizes={NOTE: (790, 190), "Result": (270, 340), "Compare": (470, 600)},
+        (("My picture", "Style"), ("Mini model", "Picture size", "Style size"), ("Schedule from a noised start", "Encode picture", "Encode style")), (),
+        {NOTE: (790, 190), "Result": (270, 340), "Compare": (470, 600)},
         shown=("My picture", "Style", "Result"),
     ),
-    Template(
+    _reference(
         "10 Restyle my picture - a small Flux, inverted", "restyle_transformer_mini",
         "## Restyle my picture on a flow transformer\n\n"
         "A small network of Flux's class stands in for the large ones. Photo and style picture are inverted, then the photo is drawn "
         "again beside the style, whose attention it takes.\n\n"
         "**Change first:** the *Style*; then *gamma*: how much of the photo's own attention stays; *share*: join keeps the photo and takes colours. "
         "Templates 18 to 25 do the same on large models.",
-        (
-            (("", ((NOTE,),)), ("1 Pictures", (("My picture", "Style"), ("Mini transformer", "Picture size", "Style size", "Encode picture", "Encode style")))),
-            (("2 Start", (("Schedule", "Invert picture", "Invert style", "Guider"),)),),
-            (("3 Style", (("The style picture runs beside the sample",),)),),
-            (("4 Draw", (("Sampler", "Sample", "Decode", "Result"), ("Compare",))),),
-        ),
-        sizes={NOTE: (600, 220), "Result": (270, 340), "Compare": (440, 560)},
+        (("My picture", "Style"), ("Mini transformer", "Picture size", "Style size", "Encode picture", "Encode style")),
+        ("Schedule", "Invert picture", "Invert style", "Guider"),
+        {NOTE: (600, 220), "Result": (270, 340), "Compare": (440, 560)},
         shown=("My picture", "Style", "Result"),
     ),
-    Template(
+    _reference(
         "10 Style from a picture - a small Flux, from noise", "style_reference_transformer_mini",
         "## A new picture in a picture's style\n\n"
         "Nothing is restyled here: the small Flux draws from noise, beside the style picture, whose attention it takes. It knows no words, only kinds: "
         "here a painting. It draws no things, but you see what comes from the style.\n\n"
         "**Change first:** the *Style*; then *share*: join takes less of it; then the seed. Templates 19 to 25 do the same for a prompt.",
-        (
-            (("", ((NOTE,),)), ("1 Pictures", (("Style",), ("Mini transformer", "Style size", "Encode style")))),
-            (("2 Start", (("Size", "Noise", "Schedule", "Guider"),)),),
-            (("3 Style", (("The style picture runs beside the sample",),)),),
-            (("4 Draw", (("Sampler", "Sample", "Decode", "Result"), ("Compare",))),),
-        ),
-        sizes={NOTE: (600, 220), "Result": (270, 340), "Compare": (440, 560)},
+        (("Style",), ("Mini transformer", "Style size", "Encode style")), ("Size", "Noise", "Schedule", "Guider"),
+        {NOTE: (600, 220), "Result": (270, 340), "Compare": (440, 560)},
         shown=("Style", "Style", "Result"),
     ),
 ]
@@ -346,24 +343,18 @@ TEMPLATES += [
                            "StyleID on the object": (290, 340), "DiffStyler on the object": (290, 340)}),
 ]
 
-REFERENCE = "The style picture runs beside the sample"
 SHARED = "restyle_transformer_mini"
 
 
-def _reference(file: str, api: str, note: str, loaders: tuple[str, ...], start: tuple[str, ...], drawn: tuple[str, str, int],
-               restyles: bool = True) -> Template:
-    """Style Reference on a large model: loaders and prompts, then from which noise, style, result."""
-    mine = ("My picture", "Style") if restyles else ("Style",)
-    sizes = ("Picture size", "Style size", "Encode picture", "Encode style") if restyles else ("Style size", "Encode style")
-    return Template(
-        file, api, note,
-        (
-            (("", ((NOTE,),)), ("1 Pictures", (mine, loaders, sizes))),
-            (("2 Start", (start,)),),
-            (("3 Style", ((REFERENCE,),)),),
-            (("4 Draw", (("Sampler", "Sample", "Decode", "Result"), ("Compare",))),),
-        ),
-        sizes={NOTE: (860, 200), "Result": (270, 340), "Compare": (400, 520), "Prompt": (280, 120), "Empty prompt": (280, 90), "Negative prompt": (280, 90)},
+def _large(file: str, api: str, note: str, loaders: tuple[str, ...], start: tuple[str, ...], drawn: tuple[str, str, int],
+           restyles: bool = True) -> Template:
+    """Style Reference on a large model; `drawn`: its thumbnail, see Template."""
+    columns = (("My picture", "Style"), loaders, ("Picture size", "Style size", "Encode picture", "Encode style"))
+    if not restyles:
+        columns = (("Style",), loaders, ("Style size", "Encode style"))
+    return _reference(
+        file, api, note, columns, start,
+        {NOTE: (860, 200), "Result": (270, 340), "Compare": (400, 520), "Prompt": (280, 120), "Empty prompt": (280, 90), "Negative prompt": (280, 90)},
         pictured_by=SHARED, drawn=drawn,
     )
 
@@ -389,20 +380,20 @@ FROM_TEXT = (
 SPLIT = ("Diffusion model", "Text encoder", "VAE", "Shift")
 FLUX = ("Diffusion model", "Text encoders", "VAE")
 TEMPLATES += [
-    _reference("18 Restyle my picture - Flux", "restyle_flux", INVERTED.format("Flux"), (*FLUX, "Empty prompt", "Guidance"),
-               ("Schedule", "Invert picture", "Guider"), ("coffee", "woodcut", 384)),
-    _reference("19 Style from a picture - Flux", "style_reference_flux", FROM_TEXT.format("Flux"), FLUX,
-               ("Prompt", "Guidance", "No negative prompt", "Size", "Schedule"), ("coffee", "woodcut", 384), False),
-    _reference("20 Restyle my picture - SD3.5", "restyle_sd35", INVERTED.format("Stable Diffusion 3.5"), ("Checkpoint", "Empty prompt"),
-               ("Schedule", "Invert picture", "Guider"), ("astronaut", "impasto", 256)),
-    _reference("21 Style from a picture - SD3.5", "style_reference_sd35", FROM_TEXT.format("Stable Diffusion 3.5"), ("Checkpoint",),
-               ("Prompt", "Negative prompt", "Size", "Schedule"), ("astronaut", "impasto", 256), False),
-    _reference("22 Restyle my picture - Qwen-Image", "restyle_qwen_image", INVERTED.format("Qwen-Image"), (*SPLIT, "Empty prompt"),
-               ("Schedule", "Invert picture", "Guider"), ("coffee", "impasto", 384)),
-    _reference("23 Style from a picture - Qwen-Image", "style_reference_qwen_image", FROM_TEXT.format("Qwen-Image"), SPLIT,
-               ("Prompt", "Negative prompt", "Size", "Schedule"), ("coffee", "impasto", 384), False),
-    _reference("24 Restyle my picture - Z-Image Turbo", "restyle_z_image", NOISED.format("Z-Image Turbo"), (*SPLIT, "Prompt"),
-               ("No negative prompt", "Schedule from a noised start"), ("astronaut", "woodcut", 256)),
-    _reference("25 Style from a picture - Z-Image Turbo", "style_reference_z_image", FROM_TEXT.format("Z-Image Turbo"), SPLIT,
-               ("Prompt", "No negative prompt", "Size", "Schedule"), ("astronaut", "woodcut", 256), False),
+    _large("18 Restyle my picture - Flux", "restyle_flux", INVERTED.format("Flux"), (*FLUX, "Empty prompt", "Guidance"),
+           ("Schedule", "Invert picture", "Guider"), ("coffee", "woodcut", 384)),
+    _large("19 Style from a picture - Flux", "style_reference_flux", FROM_TEXT.format("Flux"), FLUX,
+           ("Prompt", "Guidance", "No negative prompt", "Size", "Schedule"), ("coffee", "woodcut", 384), False),
+    _large("20 Restyle my picture - SD3.5", "restyle_sd35", INVERTED.format("Stable Diffusion 3.5"), ("Checkpoint", "Empty prompt"),
+           ("Schedule", "Invert picture", "Guider"), ("astronaut", "impasto", 256)),
+    _large("21 Style from a picture - SD3.5", "style_reference_sd35", FROM_TEXT.format("Stable Diffusion 3.5"), ("Checkpoint",),
+           ("Prompt", "Negative prompt", "Size", "Schedule"), ("astronaut", "impasto", 256), False),
+    _large("22 Restyle my picture - Qwen-Image", "restyle_qwen_image", INVERTED.format("Qwen-Image"), (*SPLIT, "Empty prompt"),
+           ("Schedule", "Invert picture", "Guider"), ("coffee", "impasto", 384)),
+    _large("23 Style from a picture - Qwen-Image", "style_reference_qwen_image", FROM_TEXT.format("Qwen-Image"), SPLIT,
+           ("Prompt", "Negative prompt", "Size", "Schedule"), ("coffee", "impasto", 384), False),
+    _large("24 Restyle my picture - Z-Image Turbo", "restyle_z_image", NOISED.format("Z-Image Turbo"), (*SPLIT, "Prompt"),
+           ("No negative prompt", "Schedule from a noised start"), ("astronaut", "woodcut", 256)),
+    _large("25 Style from a picture - Z-Image Turbo", "style_reference_z_image", FROM_TEXT.format("Z-Image Turbo"), SPLIT,
+           ("Prompt", "No negative prompt", "Size", "Schedule"), ("astronaut", "woodcut", 256), False),
 ]

@@ -46,6 +46,13 @@ def test_project_file_has_no_placeholder():
     assert 'license = { file = "LICENSE" }' in text and "classifiers" in text
 
 
+def test_what_a_publication_adds_is_all_there_or_not_at_all():
+    """The repository's address, the publisher's id and the icon's address: none is made up before there is one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    found = ["Repository" in project["project"].get("urls", {}), *(name in project["tool"]["comfy"] for name in ("PublisherId", "Icon"))]
+    assert len(set(found)) == 1, found
+
+
 def test_icon_is_as_the_registry_wants_it(shipped):
     """A square of at most 400 pixels, in the repository; its address, once there is one, leads to it."""
     icon = ElementTree.parse(ROOT / "assets" / "icon.svg").getroot()
