@@ -28,7 +28,7 @@ from host.frontend import Frontend
 from templates import NOTE, Box, Template
 
 GAP, PADDING, TITLE = 28, 20, 34  # between nodes, inside groups, a node's title bar; graph units
-COLOURS = ["#3f789e", "#8a6d3b", "#7a4e8f", "#3d7a57", "#8f4e4e"]
+COLOURS = ["#4d94c4", "#c79a4a", "#b57bd1", "#5fb583", "#d07f7f"]  # light: titles of groups are written in them
 
 
 def main(arguments: list[str]) -> int:
@@ -226,7 +226,7 @@ PLACE = """(places, groups) => {
 def arrange(ui: Frontend, template: Template) -> None:
     """Places nodes and groups as the template says: stacks from left to right, groups from top to bottom."""
     # a title bar cuts off what is longer than the node
-    least = dict(ui.page.evaluate("() => app.graph.nodes.map((n) => [n.title, [Math.max(230, 60 + 7 * n.title.length), n.computeSize()[1]]])"))
+    least = dict(ui.page.evaluate("() => app.graph.nodes.map((n) => [n.title, [Math.max(230, 74 + 7 * n.title.length), n.computeSize()[1]]])"))
     missing = set(least) - {title for stack in template.stacks for _, columns in stack for column in columns for title in column}
     if missing:
         raise ValueError(f"{template.api}: tools/templates.py gives no place to {', '.join(missing)}")

@@ -94,9 +94,9 @@ def dial(comfy: ComfyUI, graph: Graph, title: str, name: str, values: list, imag
     return row
 
 
-def sweep(comfy: ComfyUI, graph: Graph, down: tuple[str, str, list], across: tuple[str, str, list]) -> Image.Image:
-    """A sheet of a graph over two dials, each (title, input, values)."""
-    rows = []
+def sweep(comfy: ComfyUI, graph: Graph, down: tuple[str, str, list], across: tuple[str, str, list], given: tuple[str, ...]) -> Image.Image:
+    """A sheet of a graph over two dials, each (title, input, values), below the pictures of the titles `given`."""
+    rows = [[photo(graph, comfy, title) for title in given]]
     for value in down[2]:
         graph.set(down[0], **{down[1]: value})
         rows.append([(f"{down[1]} {value}, {caption}", picture) for caption, picture in dial(comfy, graph, *across)])
@@ -104,11 +104,20 @@ def sweep(comfy: ComfyUI, graph: Graph, down: tuple[str, str, list], across: tup
 
 
 def styleid(comfy: ComfyUI) -> Image.Image:
-    return sweep(comfy, small("styleid_mini"), ("Style injection", "gamma", [0.9, 0.6, 0.3]), ("Style injection", "temperature", [1.0, 1.5, 2.5]))
+    dials = ("Style injection", "gamma", [0.9, 0.3]), ("Style injection", "temperature", [0.5, 1.5, 5.0])
+    return sweep(comfy, small("styleid_mini"), *dials, ("Content", "Style"))
+
+
+def styleid_strength(comfy: ComfyUI) -> Image.Image:
+    """Latent AdaIN off, so that the injection is seen alone."""
+    graph = small("styleid_mini")
+    graph.set("Content in the style's tones", strength=0.0)
+    return sheet([dial(comfy, graph, "Style injection", "strength", [0.0, 0.5, 1.0])])
 
 
 def injectfusion(comfy: ComfyUI) -> Image.Image:
-    return sweep(comfy, small("injectfusion_mini"), ("Inject content", "gamma", [0.2, 0.5, 0.8]), ("Calibrated sampler", "omega", [0.0, 0.3, 0.7]))
+    dials = ("Inject content", "gamma", [0.2, 0.5, 0.8]), ("Calibrated sampler", "omega", [0.0, 0.3, 0.7])
+    return sweep(comfy, small("injectfusion_mini"), *dials, ("Content: what is injected", "Original: gives the look"))
 
 
 def injectfusion_boost(comfy: ComfyUI) -> Image.Image:
@@ -210,12 +219,33 @@ def styles(comfy: ComfyUI) -> Image.Image:
 
 
 def feature_pca(comfy: ComfyUI) -> Image.Image:
-    graph, title = small("styleid_mini"), "Content's features"
-    mini = node(graph, "Mini model")
-    features = add(graph, title, "PasticheCaptureFeatures", model=mini, trajectory=[node(graph, "Invert content")[0], 1],
-                   streams="residual", layers="3-11", memory="ram", precision="full")
-    shown = add(graph, "PCA", "PasticheFeaturePCA", features=features, layer="output 5", percent=0.6, size=512)
-    return sheet([[photo(graph, comfy, "Content")], dial(comfy, graph, "PCA", "layer", ["output 4", "output 7", "output 11"], shown)])
+    """At 512 pixels: a layer has a value every 8 to 32 of them."""
+    graph = small("styleid_mini", content="astronaut")
+    graph.set("Content size", largest_size=2 * SIZE)
+    graph.set("Invert content", streams="residual", layers="6-11")
+    shown = add(graph, "PCA", "PasticheFeaturePCA", features=[node(graph, "Invert content")[0], 3], layer="output 7", percent=0.8, size=512)
+    cells = dial(comfy, graph, "PCA", "layer", ["output 6", "output 8", "output 11"], shown)
+    return sheet([[photo(graph, comfy, "Content"), *cells]], (186, 186))
+
+
+def style_library(comfy: ComfyUI) -> Image.Image:
+    """Styles saved once, each then loaded for the photo: nothing of them is inverted again."""
+    rows: list[list[Cell]] = [[], []]
+    for style in ("impasto", "woodcut", "stained glass"):
+        graph = small("styleid_mini", style=style)
+        rows[0].append((f"{style}, saved", run(comfy, graph, node(graph, "Style"))))
+        name = style.replace(" ", "_")
+        add(graph, "Save", "PasticheSaveFeatures", features=[node(graph, "Invert style")[0], 3], filename_prefix=name)
+        comfy.run(graph)
+        file = comfy.object_info()["PasticheLoadFeatures"]["input"]["required"]["file"]
+        options = file[1]["options"] if isinstance(file[0], str) else file[0]
+        again = small("styleid_mini", style=style)
+        saved = next(option for option in options if option.startswith(name))
+        loaded = add(again, "Load", "PasticheLoadFeatures", file=saved, model=node(again, "Mini model"), memory="ram")[0]
+        again[node(again, "Style injection")[0]]["inputs"]["style"] = [loaded, 0]
+        again[node(again, "Content in the style's tones")[0]]["inputs"]["style"] = [loaded, 2]
+        rows[1].append(("loaded for a photo", run(comfy, again)))
+    return sheet(rows)
 
 
 def style_similarity(comfy: ComfyUI) -> Image.Image:
@@ -229,14 +259,21 @@ def style_similarity(comfy: ComfyUI) -> Image.Image:
     return sheet(rows, (2 * CELL[0], CELL[1]))
 
 
-def mini_kinds(comfy: ComfyUI) -> Image.Image:
-    """A photo painted over by the mini model alone, told a kind of picture each."""
-    graph, row = small("diffstyler_train_mini"), []
-    graph[node(graph, "Paint over the photo")[0]]["inputs"]["model"] = node(graph, "Mini model, painting")
-    for kind in ("photo", "painting", "drawing"):
-        graph.set("Mini model, painting", kind=kind)
-        row.append((f"kind {kind}", run(comfy, graph, node(graph, "Decode"))))
-    return sheet([row])
+def mini(comfy: ComfyUI) -> Image.Image:
+    """What both networks give back of a photo that was inverted."""
+    rows = []
+    for content in ("astronaut", "dandelion"):
+        graph = small("styleid_mini", content=content)
+        row = [(f"photo: {content}", run(comfy, graph, node(graph, "Content")))]
+        for architecture, scheduler in (("unet", "normal"), ("transformer", "simple")):
+            graph[node(graph, "Mini model")[0]]["inputs"]["architecture"] = architecture
+            graph.set("Schedule", scheduler=scheduler)
+            key, vae = node(graph, "Mini model")[0], [node(graph, "Mini model")[0], 1]
+            drawn = add(graph, architecture, "SamplerCustom", model=[key, 0], positive=[key, 2], negative=[key, 2], add_noise=False, noise_seed=0, cfg=1.0,
+                        sampler=node(graph, "Sampler"), sigmas=node(graph, "Schedule"), latent_image=node(graph, "Invert content"))
+            row.append((f"{architecture}: to noise and back", run(comfy, graph, add(graph, f"{architecture} decoded", "VAEDecode", samples=drawn, vae=vae))))
+        rows.append(row)
+    return sheet(rows)
 
 
 def samples(comfy: ComfyUI) -> Image.Image:
@@ -249,7 +286,7 @@ def samples(comfy: ComfyUI) -> Image.Image:
 
 
 def lora_strength(comfy: ComfyUI) -> Image.Image:
-    return sheet([dial(comfy, small("diffstyler_train_mini"), "Use it at once", "strength_model", [0.0, 0.5, 1.0], caption="")])
+    return sheet([dial(comfy, small("diffstyler_train_mini"), "Use it at once", "strength_model", [0.0, 1.0, 2.0])])
 
 
 def loss_plot(comfy: ComfyUI) -> Image.Image:
@@ -277,7 +314,7 @@ def keep_outside(comfy: ComfyUI) -> Image.Image:
 
 def multistyle(comfy: ComfyUI) -> Image.Image:
     graph, row = small("diffstyler_multistyle_mini"), []
-    for left, right in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+    for left, right in ((2.0, 0.0), (0.0, 2.0), (2.0, 2.0)):
         graph.set("Style left: where and how much", strength=left)
         graph.set("Style right: where and how much", strength=right)
         row.append((f"strength {left} left, {right} right", run(comfy, graph)))
@@ -285,7 +322,7 @@ def multistyle(comfy: ComfyUI) -> Image.Image:
 
 
 def style_entry(comfy: ComfyUI) -> Image.Image:
-    return sheet([dial(comfy, small("diffstyler_multistyle_mini"), "Style left: where and how much", "strength", [0.0, 0.7, 1.4])])
+    return sheet([dial(comfy, small("diffstyler_multistyle_mini"), "Style left: where and how much", "strength", [0.0, 1.0, 2.0])])
 
 
 def fastsam(comfy: ComfyUI) -> Image.Image:
@@ -313,6 +350,6 @@ def methods(comfy: ComfyUI) -> Image.Image:
 
 SHEETS: dict[str, Callable[[ComfyUI], Image.Image]] = {
     function.__name__: function for function in (
-        methods, styleid, adain, layers, injectfusion, injectfusion_boost, inversion, inversion_report, midpoint, ddim_sampler, style_reference,
-        style_reference_transformer, styles, feature_pca, style_similarity, mini_kinds, samples, lora_strength, loss_plot, feature_injection, keep_outside, multistyle, style_entry, fastsam)
+        methods, styleid, styleid_strength, adain, layers, injectfusion, injectfusion_boost, inversion, inversion_report, midpoint, ddim_sampler, style_reference,
+        style_reference_transformer, styles, feature_pca, style_library, style_similarity, mini, samples, lora_strength, loss_plot, feature_injection, keep_outside, multistyle, style_entry, fastsam)
 }

@@ -152,7 +152,7 @@ TEMPLATES = [
             (("", ((NOTE,),)),
              ("1 Pictures", (("Original: gives the look", "Content: what is injected"), ("Mini model", "Original size", "Content size"),
                              ("Schedule", "Encode original", "Encode content")))),
-            (("2 Invert", (("Invert original", "Invert content"),)),
+            (("2 Invert", (("Invert original",), ("Invert content",))),
              ("3 Inject", (("Content's h-space",), ("Inject content", "Calibrated sampler")))),
             (("4 Draw", (("Sample", "Decode", "Result"), ("Compare",))),),
         ),
@@ -168,7 +168,7 @@ TEMPLATES = [
             (("", ((NOTE,),)),
              ("1 Pictures", (("Original: gives the look", "Content: what is injected"), ("Mini model", "Original size", "Content size"),
                              ("Schedule", "Encode original", "Encode content")))),
-            (("2 Invert", (("Invert original", "Invert content"),)),
+            (("2 Invert", (("Invert original",), ("Invert content",))),
              ("3 Inject", (("Content's h-space", "Nine settings"),))),
             (("4 Draw", (("Sweep: rows gamma 0.2, 0.5, 0.8; columns omega 0, 0.3, 0.7",),)),),
         ),
@@ -263,8 +263,8 @@ TEMPLATES = [
         "09 Style Reference - one node, no inversion, any model", "style_reference_mini",
         "## Style Reference\n\n"
         "The style picture runs beside the sample, whose attention sees it. Nothing is inverted: the photo gets new noise "
-        "and is painted over. Works the same on Flux, SD3.5, Qwen-Image, Z-Image, Wan and U-Nets.\n\n"
-        "**Change first:** *denoise* of the schedule: how much is repainted; then *gamma*: how much of the photo's own attention stays.",
+        "and is painted over, here by a small network of Flux's class. Works the same on Flux, SD3.5, Qwen-Image, Z-Image, Wan and U-Nets.\n\n"
+        "**Change first:** *denoise* of the schedule: how much is repainted; then *strength* and *preset* of the style node.",
         (("My picture", "Style"), ("Mini model", "Picture size", "Style size"), ("Schedule from a noised start", "Encode picture", "Encode style")), (),
         {NOTE: (790, 190), "Result": (270, 340), "Compare": (470, 600)},
         shown=("My picture", "Style", "Result"),
