@@ -14,7 +14,7 @@ from pastiche_client import ComfyUI, Graph, load
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CELL, MARGIN, CAPTION = (252, 180), 6, 24  # pixels
-SIZE, STEPS = 256, 20
+SIZE, STEPS = 256, 12
 Cell = tuple[str, Image.Image]
 
 
@@ -105,12 +105,12 @@ def sweep(comfy: ComfyUI, graph: Graph, down: tuple[str, str, list], across: tup
 
 def styleid(comfy: ComfyUI) -> Image.Image:
     dials = ("Style injection", "gamma", [0.9, 0.3]), ("Style injection", "temperature", [0.5, 1.5, 5.0])
-    return sweep(comfy, small("styleid_mini"), *dials, ("Content", "Style"))
+    return sweep(comfy, small("styleid_mini", style="woodcut"), *dials, ("Content", "Style"))
 
 
 def styleid_strength(comfy: ComfyUI) -> Image.Image:
     """Latent AdaIN off, so that the injection is seen alone."""
-    graph = small("styleid_mini")
+    graph = small("styleid_mini", style="woodcut")
     graph.set("Content in the style's tones", strength=0.0)
     return sheet([dial(comfy, graph, "Style injection", "strength", [0.0, 0.5, 1.0])])
 

@@ -65,7 +65,6 @@ class Template:
     boxes: tuple[Box, ...] = ()
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     shown: tuple[str, str, str] | None = None  # thumbnail: titles of content, style and result
-    centre: float = 0.5  # what is in the middle of the thumbnail, as a share of the photo's width
     pictured_by: str = ""  # without: the mini template (api) whose thumbnail it shares, beside those of the same name
     drawn: tuple[str, str, int] | None = None  # with pictured_by: samples of content and style, longest side, for a thumbnail of its own
 
@@ -121,7 +120,7 @@ TEMPLATES = [
         (QUICK,),
         {NOTE: (460, 200), "Photo": (300, 340), "Painting": (300, 380), "Photo in the painting's style": (420, 170), "Result": (420, 330),
          "Compare": (680, 760)},
-        ("Photo", "Painting", "Result"), 0.15,
+        ("Photo", "Painting", "Result"),
     ),
     Template(
         "02 StyleID - every step in sight", "styleid_mini",
@@ -307,7 +306,7 @@ def _with(template: Template, file: str, api: str, note: str, models: tuple[str,
                 columns.insert(len(columns) - 1, models)
             groups.append((title, tuple(column for column in columns if column)))
         stacks.append(tuple(groups))
-    text = note + "\n\n" + template.note.partition("\n\n")[2]
+    text = note + "\n\n" + template.note.partition("\n\n")[2].partition("\n\nThe small segmenter")[0]
     return Template(file, api, text, tuple(stacks), template.boxes, {**template.sizes, **(sizes or {})})
 
 

@@ -35,12 +35,12 @@ def run(server: Server, template: Template, prompt: dict) -> dict[str, Path]:
 def compose(template: Template, pictures: list[Image.Image]) -> Image.Image:
     """(content, style, result) as one square picture."""
     content, style, result = pictures
-    sheet = ImageOps.fit(result.convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS, centering=(template.centre, 0.5))
-    insets = [(content, template.centre), (style, 0.5)]
+    sheet = ImageOps.fit(result.convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS)
+    insets = [content, style]
     if template.shown and template.shown[0] == template.shown[1]:  # nothing but a style went in
         insets = insets[1:]
-    for number, (picture, centre) in enumerate(insets):
-        square = ImageOps.fit(picture.convert("RGB"), (INSET, INSET), Image.Resampling.LANCZOS, centering=(centre, 0.5))
+    for number, picture in enumerate(insets):
+        square = ImageOps.fit(picture.convert("RGB"), (INSET, INSET), Image.Resampling.LANCZOS)
         inset = ImageOps.expand(square, EDGE, "white")
         sheet.paste(inset, (EDGE * 2 + number * (INSET + 3 * EDGE), SIZE - INSET - 4 * EDGE))
     return sheet

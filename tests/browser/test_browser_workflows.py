@@ -35,6 +35,21 @@ SHRINK = """(small, dials) => {
 }"""
 
 
+# pairs of nodes that lie on each other, and nodes that reach out of the group in which their title bar is
+OVERLAPS = """() => {
+    const found = [], box = (n) => [n.pos[0], n.pos[1] - 30, Math.max(n.size[0], 1), Math.max(n.size[1], n.computeSize()[1]) + 30];
+    const boxes = app.graph.nodes.map((node) => [node.title, box(node)]);
+    boxes.forEach(([one, a], i) => boxes.slice(i + 1).forEach(([other, b]) => {
+        if (a[0] < b[0] + b[2] && b[0] < a[0] + a[2] && a[1] < b[1] + b[3] && b[1] < a[1] + a[3]) found.push(`${one} and ${other}`);
+    }));
+    for (const { title, pos, size } of app.graph.groups)
+        for (const [name, [x, y, w, h]] of boxes)
+            if (x >= pos[0] && x < pos[0] + size[0] && y >= pos[1] && y < pos[1] + size[1])
+                if (x + w > pos[0] + size[0] + 1 || y + h > pos[1] + size[1] + 1) found.push(`${name} out of ${title}`);
+    return found;
+}"""
+
+
 @pytest.fixture(scope="module")
 def fresh(live_host, tmp_path_factory, page):  # `page` skips where there is no browser
     """A user's first look: a server with nothing in input/ and no model, in a browser of its own."""
@@ -176,6 +191,7 @@ def test_workflow_loads_clean_and_is_its_api_form(ui, artifacts, template):
     ui.load(read(template))
     assert ui.problems() == []
     ui.page.screenshot(artifacts / f"workflow_{template.api}.png")
+    assert ui.page.evaluate(OVERLAPS) == []
     assert ui.page.evaluate("() => app.canvas.ds.scale") >= LEGIBLE
     api = json.loads((ROOT / "workflows" / "api" / f"{template.api}.json").read_text())
     assert graph.differences(api, graph.flat(ui.prompt())) == []
