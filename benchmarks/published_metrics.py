@@ -27,7 +27,7 @@ ROWS = 1024  # patches compared at a time
 
 
 class Missing(Exception):
-    """A measure that cannot be taken, in a sentence: a package or a file that is not there."""
+    """A measure that cannot be taken, in a sentence: a package or a file that is not there, too few pictures."""
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -38,7 +38,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     a, b = a.double(), b.double()
     if min(len(a), len(b)) < 2:
-        raise ValueError(f"a Frechet distance needs two samples a side, got {len(a)} and {len(b)}.")
+        raise Missing(f"a Frechet distance needs two samples a side, got {len(a)} and {len(b)}.")
     centred = [(x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b)]
     shared = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
     difference = a.mean(0) - b.mean(0)

@@ -159,3 +159,5 @@ def test_what_is_missing_is_said(metrics, tmp_path, capsys):
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "vgg19-other.pth")
     assert metrics.attempt("CFSD", lambda: networks.vgg19(image, (1,))) is None
     assert "vgg19-other.pth lacks features.0.weight" in capsys.readouterr().err
+    assert metrics.attempt("FID", lambda: metrics.frechet_distance(torch.rand(1, 4), torch.rand(3, 4))) is None
+    assert "FID: not measured, a Frechet distance needs two samples a side, got 1 and 3" in capsys.readouterr().err
