@@ -119,22 +119,23 @@ def make_member(url: str | None, cpu: bool, timeout: float) -> Attached:
 @contextlib.contextmanager
 def on_ray(address: str, urls: list[str], workers: int | None, timeout: float) -> Iterator[list[OnRay]]:
     """Workers on the cluster at `address`, "local" for one on this machine: one for each of `urls`, else one a GPU."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we start tells nobody of itself
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address == "local" and "ray" not in sys.modules:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # its ports are open to the network
     try:
-        import ray
+        import ray  # reads these
     except ImportError:
         raise UserError(
             "--ray needs Ray in this Python and in that of the cluster: pip install ray, the same version in both"
         ) from None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we start tells nobody of itself
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
-        wanted = max(len(urls), workers or 0, os.cpu_count() or 1)
-        options |= {"num_cpus": wanted, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        options |= {"num_cpus": max(len(urls), workers or 1), "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-        raise UserError(f"--ray {address}: {str(error).strip() or type(error).__name__}") from None
+        raise UserError(f"--ray {address}: {str(error).strip() or type(error).__name__}. A cluster with tokens wants RAY_AUTH_MODE=token.") from None
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if urls:
