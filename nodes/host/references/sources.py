@@ -31,7 +31,7 @@ class PictureSource:
     def at(self, sigma: Tensor, noise: Tensor, model_sampling: Any) -> Tensor:
         """(1, C, ...) at the size of `noise`: (1 - s) x + s n for flows, x + s n for eps and v models."""
         latent = fit_latent(self.latent.to(noise), tuple(noise.shape[2:]))
-        return model_sampling.noise_scaling(sigma.view(1, *[1] * (noise.ndim - 1)), noise, latent)
+        return model_sampling.noise_scaling(sigma, noise, latent)
 
 
 @dataclass(frozen=True)
