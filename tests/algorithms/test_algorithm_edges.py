@@ -13,7 +13,15 @@ from pastiche.nodes.algorithms.masks import boundary, grow_mask, resize_mask
 from pastiche.nodes.algorithms.metrics import channel_correlation
 from pastiche.nodes.algorithms.prompts import Boxes, parse_boxes, parse_points
 from pastiche.nodes.algorithms.references import differing_span, match_channels, match_pairs, rotary_pairs, sampling_progress, token_grid
-from pastiche.nodes.algorithms.segments import Segments, contains, decode_segments, rank, select_boxes
+from pastiche.nodes.algorithms.segments import (
+    Segments,
+    contains,
+    decode_segments,
+    points_without_object,
+    rank,
+    select_boxes,
+    select_points,
+)
 from pastiche.nodes.algorithms.slerp import angle, lerp, masked_slerp, match_norm, slerp
 from pastiche.nodes.algorithms.styleid import adain, masked_statistics
 from pastiche.nodes.algorithms.training import random_crop
@@ -224,6 +232,22 @@ def test_a_box_takes_what_fills_it_best_and_touching_is_no_overlap():
     assert select_boxes(segments, [(5, 5, 8, 8), (4.5, 5, 8, 8)]) == [2]  # once
     assert select_boxes(cells([[1, 1, 4, 4]]), [(4, 1, 8, 4)]) == []
     assert select_boxes(cells([[1, 1, 4, 4]]), [(3.9, 1, 8, 4)]) == [0]
+
+
+def test_a_picture_without_objects():
+    none = cells([[0, 0, 8, 8]]).take(torch.zeros(0, dtype=torch.long))
+    assert select_boxes(none, [(0, 0, 8, 8)]) == [] == rank(none, "largest", 3)
+    for among in ("best", "smallest", "largest", "all"):
+        assert select_points(none, [(1.0, 1.0)], [(2.0, 2.0)], among) == ([], [])
+    assert points_without_object(none, [(1.0, 1.0)]) == [(1.0, 1.0)]
+    assert points_without_object(cells([[0, 0, 4, 4]]), []) == [] == points_without_object(none, [])
+    assert points_without_object(cells([[0, 0, 4, 4]]), [(1.0, 1.0), (5.0, 1.0)]) == [(5.0, 1.0)]
+
+
+def test_points_without_labels_are_positive():
+    assert parse_points('{"points": [[1, 2], [3, 4]]}').positive == ((1, 2), (3, 4))
+    with pytest.raises(ValueError, match="lists of the same length"):
+        parse_points('{"points": [[1, 2]], "labels": [1, 0]}')
 
 
 def test_ranks_count_from_the_best():

@@ -180,6 +180,13 @@ def test_mini_models_are_made_again_and_ask_for_their_share_of_memory(architectu
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_the_mini_models_empty_prompt_is_its_own():
+    model, _, kinds = load_mini()
+    ((context, extra),) = find_adapter(model).empty_prompt()
+    assert torch.equal(context, kinds["empty"][0][0].float()) and extra == {}
+    assert not torch.equal(context, kinds["photo"][0][0])
+
+
 def test_the_mini_vaes_pixels_and_memory():
     _, vae, _ = load_mini()
     assert isinstance(vae, MiniVAE) and vae.downscale_ratio == vae.upscale_ratio == 8 and vae.latent_channels == 16

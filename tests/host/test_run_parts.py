@@ -161,6 +161,13 @@ def test_h_space_changes_something_between_its_limits():
     assert not changes(gamma=0) and not changes(t_edit=1000) and not changes(mask=torch.zeros(1, 8, 8))
 
 
+def test_nothing_is_injected_outside_of_a_run():
+    own = HSpacePatches(bank(), 0.5, 400.0, "both", None, "constant")
+    assert own.share({"sigmas": torch.tensor([1.0])}) == 0.0
+    args = {"h": random(1, 4, 2, 2), "transformer_options": {"sigmas": torch.tensor([1.0])}}
+    assert own(args) is args
+
+
 def test_noise_of_a_row_depends_on_seed_and_row_alone():
     like = torch.zeros(3, 4, 5)
     noise = RowNoise(7, 3).like(like)
