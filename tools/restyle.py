@@ -39,7 +39,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("contents", type=Path, help="folder of pictures to restyle, or one picture")
     parser.add_argument("styles", type=Path, help="folder of pictures to take the style from, or one picture")
-    parser.add_argument("--pairs", type=Path, help="CSV of two columns, content and style: file names in the two folders (default: each with each)")
+    parser.add_argument("--pairs", type=Path,
+                        help="CSV of two columns, content and style: file names in the two folders (default: each with each)")
     parser.add_argument("--workflow", default="styleid_mini", help="a name of workflows/api, or an API-format file of yours (default: styleid_mini)")
     parser.add_argument("--set", action="append", default=[], metavar="TITLE.INPUT=VALUE", help="changes an input of the workflow; may be given again")
     parser.add_argument("--content-title", help="title of the node that takes the content (default: Content, or what the templates call it)")
@@ -49,7 +50,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--servers", help="addresses of running ComfyUIs, separated by commas (default: one is started here)")
     parser.add_argument("--ray", metavar="ADDRESS", help='a Ray cluster\'s address, "auto" for the one this machine is in, "local" to start one here')
     parser.add_argument("--workers", type=_positive, help="with --ray: how many workers (default: one a GPU, or one a machine without)")
-    parser.add_argument("--keep", type=_positive, default=8, help="styles (contents, where they are fewer) whose inversions a server keeps at a time (default: 8)")
+    parser.add_argument("--keep", type=_positive, default=8,
+                        help="styles (contents, where they are fewer) whose inversions a server keeps at a time (default: 8)")
     parser.add_argument("--patience", type=float, default=60, help="seconds after which a lost server is given up (default: 60)")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that one picture may take (default: 3600)")
     options = parser.parse_args(arguments)

@@ -233,7 +233,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         data = json.loads(body)
         if self.path == "/prompt":
-            missing = [node["inputs"]["image"] for node in data["prompt"].values() if node["class_type"] == "LoadImage" and node["inputs"]["image"] not in server.inputs]
+            asked = [node["inputs"]["image"] for node in data["prompt"].values() if node["class_type"] == "LoadImage"]
+            missing = [name for name in asked if name not in server.inputs]
             refusal = server.refuses or (f"Invalid image file: {missing[0]}" if missing else None)
             if refusal:
                 self._answer({"error": {"message": refusal}, "node_errors": {}}, 400)

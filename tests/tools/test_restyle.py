@@ -351,3 +351,11 @@ def test_without_servers_it_starts_one_and_leaves_nothing(folders, tmp_path):
     check_all_made(folders, tmp_path / "out", once=False)
     assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
     assert not list((tmp_path / "temporary").glob("pastiche-*"))
+
+
+def test_a_python_without_any_package_is_enough(folders, tmp_path):
+    (folders[0] / "b.jpg").write_bytes(b"BROKEN")  # the server says so, then
+    with StandIn() as server:
+        done = subprocess.run([sys.executable, "-S", str(SCRIPT), *command(folders, tmp_path, server)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "12 made" in done.stdout and "none: it needs Pillow" in done.stdout, done.stderr
+    assert done.stderr.count("failed: b.jpg with ") == done.stderr.count("cannot identify image file") == 3 and "Traceback" not in done.stderr

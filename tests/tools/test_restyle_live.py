@@ -41,7 +41,8 @@ def test_eight_pictures_on_two_servers_one_of_which_is_killed(server, live_host,
 
         killed = threading.Event()
         threading.Thread(target=kill, daemon=True).start()
-        code = restyle.main([str(tmp_path / "content"), str(tmp_path / "style"), "--servers", f"{doomed.url},{server.url}", "--output", str(out), "--patience", "1", *SMALL])
+        folders = [str(tmp_path / "content"), str(tmp_path / "style")]
+        code = restyle.main([*folders, "--servers", f"{doomed.url},{server.url}", "--output", str(out), "--patience", "1", *SMALL])
     said = capsys.readouterr()
     assert code == 0 and killed.is_set() and "8 made" in said.out, said.out + said.err
     made = lines()

@@ -244,7 +244,9 @@ def test_contents_ride_where_they_are_fewer():
     assert {"10_d", "12_d", "14_d", "17_d", "10_c", "17_c", "18"} <= prompt.keys() and "26" in prompt
 
 
-@pytest.mark.parametrize("name", ["styleid_mini", "styleid", "quick_start_mini", "injectfusion_mini", "diffstyler_mini", "restyle_transformer_mini", "restyle_flux", "diffstyler_train_mini"])
+@pytest.mark.parametrize(
+    "name", ["styleid_mini", "styleid", "quick_start_mini", "injectfusion_mini", "diffstyler_mini", "restyle_transformer_mini", "restyle_flux",
+             "diffstyler_train_mini"])
 def test_shipped_workflows_need_no_titles(name):
     recipe = make_recipe(name)
     prompt = recipe.prompt("c.png", "s.png", kept=["t.png"])
@@ -254,7 +256,8 @@ def test_shipped_workflows_need_no_titles(name):
 
 
 def test_settings_take_the_type_that_is_there():
-    recipe = make_recipe("styleid_mini", ["Style injection.gamma=1", "Style injection.layers=6", "Schedule.steps=4", "Sample.add_noise=true", "Invert style.memory=disk"])
+    recipe = make_recipe("styleid_mini", ["Style injection.gamma=1", "Style injection.layers=6", "Schedule.steps=4", "Sample.add_noise=true",
+                                          "Invert style.memory=disk"])
     titles = recipe.graph.titles
     assert titles["Style injection"]["gamma"] == 1 and titles["Style injection"]["layers"] == "6"
     assert titles["Schedule"]["steps"] == 4 and titles["Sample"]["add_noise"] is True and titles["Invert style"]["memory"] == "disk"

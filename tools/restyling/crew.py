@@ -60,7 +60,10 @@ class Hand:
 class Crew:
     """Does `jobs`. `save(job, made, member name, seconds)` gets every result, `tell(text)` what happens on the way."""
 
-    def __init__(self, members: Sequence, jobs: Jobs, recipe: Recipe, save: Callable, tell: Callable[[str], None], carried: str, keep: int, patience: float):
+    def __init__(
+        self, members: Sequence, jobs: Jobs, recipe: Recipe, save: Callable, tell: Callable[[str], None], carried: str, keep: int,
+        patience: float,
+    ):
         self._members, self._jobs, self._save, self._tell, self._patience = list(members), jobs, save, tell, patience
         self._hands = [Hand(member, recipe, carried, keep) for member in self._members]
         self._stop = threading.Event()

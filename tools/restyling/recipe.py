@@ -114,7 +114,8 @@ def _convert(text: str, there: Any) -> Any:
         value = text
     kinds = {bool: (bool,), int: (int,), float: (int, float)}.get(type(there))
     if kinds and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(there, bool)):
-        raise ValueError(f"{text!r} is no {'true or false' if kinds == (bool,) else 'whole number' if kinds == (int,) else 'number'}; it is {there} now")
+        wanted = "true or false" if kinds == (bool,) else "whole number" if kinds == (int,) else "number"
+        raise ValueError(f"{text!r} is no {wanted}; it is {there} now")
     return value
 
 
@@ -123,7 +124,10 @@ def _guess(graph: Graph, titles: tuple[str, ...], option: str, what: str) -> str
     if there:
         return there[0]
     pictures = [_title(node) for node in graph.values() if node["class_type"] in ("PasticheSamplePicture", "LoadImage")]
-    raise UserError(f"no node is called {' or '.join(map(repr, titles))}: name the picture of {what} with {option}; there are {', '.join(map(repr, pictures)) or 'none'}")
+    raise UserError(
+        f"no node is called {' or '.join(map(repr, titles))}: name the picture of {what} with {option}; "
+        f"there are {', '.join(map(repr, pictures)) or 'none'}"
+    )
 
 
 def _saving_node(graph: Graph, title: str | None) -> str:

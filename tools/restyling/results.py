@@ -86,7 +86,10 @@ class Results:
             os.fsync(file.fileno())
         part.replace(self.path(job))
         with self._writing:
-            self._write({"name": job.name, "content": job.content.name, "style": job.style.name, "server": server, "seconds": round(seconds, 2), "ran": made.ran})
+            self._write({
+                "name": job.name, "content": job.content.name, "style": job.style.name, "server": server, "seconds": round(seconds, 2),
+                "ran": made.ran,
+            })
 
     def _write(self, line: dict) -> None:
         self._journal.write(json.dumps(line) + "\n")  # ASCII: any name, whatever its bytes
