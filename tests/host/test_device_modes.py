@@ -45,11 +45,11 @@ def expected(run, *arguments):
         return run(*arguments)
 
 
-def styled(memory, streams="self_attention", dtype=torch.float32):
-    """A StyleID run on a small U-Net: inversion, capture into `memory`, injection, sampling."""
+def styled(memory, streams="self_attention", dtype=torch.float32, scale=1.0):
+    """A StyleID run on a small U-Net: inversion, capture into `memory`, injection, sampling. scale: of its latents."""
     model = tiny_unet(dtype=dtype, cast=dtype)
     sigmas, positive = schedule(model, 3), tiny_cond(model)
-    runs = [invert(model, {"samples": random_latent(8, 8, seed=seed)}, sigmas, positive, "next") for seed in (1, 2)]
+    runs = [invert(model, {"samples": scale * random_latent(8, 8, seed=seed)}, sigmas, positive, "next") for seed in (1, 2)]
     content, style = (capture(model, run[1], streams, "6-11", memory, "full") for run in runs)
     patched = inject_style(model, style=style, content=content, gamma=0.75, temperature=1.5, strength=1.0, layers="6-11",
                            start_percent=0.0, end_percent=1.0, mask=None)
@@ -65,9 +65,9 @@ def test_style_injection(memory, features):
 @pytest.mark.device("default", "partial", "dynamic-small")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_style_injection_in_half_precision(memory, dtype):
-    found = styled("recompute", dtype=dtype)
-    assert_same(found, expected(styled, "ram", "self_attention", dtype), 4 * torch.finfo(dtype).eps)
-    assert found.isfinite().all()
+    """Features computed anew round otherwise than those in memory: that changes no more than rounding the latents otherwise does."""
+    kept, rounded = (expected(styled, "ram", "self_attention", dtype, scale).cpu() for scale in (1.0, 1 + torch.finfo(dtype).eps))
+    assert float((styled("recompute", dtype=dtype).cpu() - kept).abs().max()) <= float((rounded - kept).abs().max())
 
 
 def referenced(dtype):
