@@ -153,7 +153,8 @@ def memory(options: argparse.Namespace) -> list[str]:
     restyle_film(model, vae, frames, style, None, settings, 10, "long", False, kinds["empty"])
     whole = options.long * 64 * 64 * 3 * 4 / 1e6
     return [f"# Memory along a film of {options.long} frames of 64 px, 2 steps, links to the first and the previous frame, chunks of 10", "",
-            f"Resident memory of the process. The film and its result themselves are {whole:.0f} MB each and are there from the first frame on. "
+            f"Resident memory of the process. Of it the film itself is {whole:.0f} MB; the result fills as it goes, {whole / options.long * 100:.1f} MB "
+            "every hundred frames, which is what it grows by. "
             f"{time.perf_counter() - started:.0f} s, {setup_host.hardware()}.", "",
             "| frames written | MB |", "|---|---|", *(f"| {done} | {size:.0f} |" for done, size in seen)]
 

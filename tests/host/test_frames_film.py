@@ -75,6 +75,14 @@ def test_chunks_of_any_size_give_one_film(model, settings):
         assert (parts - whole).abs().max() <= 1.01 / 255
 
 
+@pytest.mark.parametrize("family, prediction", [("sd20", "v"), ("sdxl", "eps")])
+def test_chunks_of_other_families_give_one_film(family, prediction):
+    model = tiny_unet(family, prediction, dtype=torch.float64)
+    settings = FilmSettings(steps=1, statistics_frames=1, link="first and previous")
+    whole, parts = (restyle(model, settings, chunk, clip(2))[2].decoded for chunk in (2, 1))
+    assert torch.allclose(torch.cat(parts), whole[0], rtol=0, atol=1e-4 * float(whole[0].abs().max()))
+
+
 def test_every_link_changes_the_frames(model):
     plain = restyle(model, FilmSettings(steps=1, adain=False, steady=0.0), 3)[2].decoded[0]
     for link in ("first", "previous", "first and previous"):

@@ -75,7 +75,7 @@ def test_cancel_keeps_the_chunks_that_are_written_and_the_next_run_goes_on(serve
         server.run(prompt, watch)
     thread.join(10)
     written = {path.name: path.stat().st_mtime_ns for path in folder.glob("film_*/frame_*.png")}
-    assert 1 <= len(written) < 3
+    assert 1 <= len(written) < 7
     server.run(prompt)
     after = {path.name: path.stat().st_mtime_ns for path in folder.glob("film_*/frame_*.png")}
-    assert len(after) == 3 and after["frame_00001.png"] == written["frame_00001.png"]
+    assert len(after) == 7 and after["frame_00001.png"] == written["frame_00001.png"]

@@ -31,7 +31,7 @@ SMALL = [
     ("BasicScheduler", "steps", 4), ("KSampler", "steps", 4), ("KSamplerAdvanced", "steps", 4),
     ("ImageScaleToMaxDimension", "largest_size", 128), ("ImageScale", "width", 128), ("ImageScale", "height", 128),
     ("PasticheTrainStyleLoRA", "steps", 3), ("PasticheRestyleFrames", "steps", 2),
-    ("SplitImageToTileList", "tile_width", 112), ("SplitImageToTileList", "tile_height", 128), ("SplitImageToTileList", "overlap", 104),
+    ("ImageCrop", "width", 80), ("ImageCrop", "height", 96),
 ]
 
 

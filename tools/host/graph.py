@@ -56,7 +56,7 @@ def provide_files(prompt: dict[str, Any], base: Path) -> None:
                 target.touch()
             elif node["class_type"] == "LoadVideo" and name == "file":
                 (base / "input").mkdir(parents=True, exist_ok=True)
-                (base / "input" / value).touch()
+                (base / "input" / value).write_bytes(b"\0")  # for an empty one the front end shows an error
             elif node["class_type"] == "PasticheLoadUnconditional" and name == "folder":
                 target = base / "models" / "diffusers" / value / "config.json"
                 target.parent.mkdir(parents=True, exist_ok=True)
