@@ -104,6 +104,18 @@ def _reference(file: str, api: str, note: str, pictures: tuple[tuple[str, ...], 
     return Template(file, api, note, stacks, sizes=sizes, **thumbnail)
 
 
+CHOSEN = Box(
+    "Photo in the chosen style",
+    ("Photo size", "Encode content", "Invert content", "Content in the style's tones", "Style injection", "Sampler", "Sample", "Decode"),
+    (
+        _dial("style amount", ("Style injection", "strength"), ("Content in the style's tones", "strength")),
+        _dial("keep the photo's shapes", ("Style injection", "gamma")),
+        _dial("size", ("Photo size", "largest_size")),
+    ),
+    {"Decode": "image", "Style injection.style": "style features", "Content in the style's tones.style": "style noise"},
+    "StyleID on the mini model: the photo is inverted and drawn again with the attention of the style from the library.",
+)
+
 TEMPLATES = [
     Template(
         "01 Quick start - a photo in a painting's manner", "quick_start_mini",
@@ -121,6 +133,22 @@ TEMPLATES = [
         {NOTE: (460, 200), "Photo": (300, 340), "Painting": (300, 380), "Photo in the painting's style": (420, 170), "Result": (420, 330),
          "Compare": (680, 760)},
         ("Photo", "Painting", "Result"),
+    ),
+    Template(
+        "01 Quick start - choose a style", "choose_style_mini",
+        "## Choose a style by its picture\n\n"
+        "Click a picture in the *Style library*, press **Run**. Drag the slider over *Compare*.\n\n"
+        "**Change first:** the style; then *style amount* and *keep the photo's shapes*.\n\n"
+        "**Your own style:** *Save Features* puts one into the library, *Save Style LoRA* a trained one; each with its picture and its model.",
+        (
+            (("1 Pictures", (("Photo", "Mini model", "Schedule"),)),),
+            (("2 Style", (("Style library",),)),),
+            (("", ((NOTE,),)), ("3 Draw", (("Photo in the chosen style",),)), ("4 Result", (("Result",),))),
+            (("", (("Compare",),)),),
+        ),
+        (CHOSEN,),
+        {NOTE: (460, 200), "Photo": (300, 340), "Style library": (520, 760), "Photo in the chosen style": (460, 170), "Result": (460, 330), "Compare": (620, 760)},
+        ("Photo", "Style library", "Result"),
     ),
     Template(
         "02 StyleID - every step in sight", "styleid_mini",

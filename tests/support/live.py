@@ -32,6 +32,7 @@ SMALL = [
     ("ImageScaleToMaxDimension", "largest_size", 128), ("ImageScale", "width", 128), ("ImageScale", "height", 128),
     ("PasticheTrainStyleLoRA", "steps", 3), ("PasticheRestyleFrames", "steps", 2),
     ("ImageCrop", "width", 80), ("ImageCrop", "height", 96),
+    ("PasticheStyleLibrary", "size", 128),
 ]
 
 
