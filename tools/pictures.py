@@ -240,7 +240,7 @@ def style_library(comfy: ComfyUI) -> Image.Image:
         file = comfy.object_info()["PasticheLoadFeatures"]["input"]["required"]["file"]
         options = file[1]["options"] if isinstance(file[0], str) else file[0]
         again = small("styleid_mini", style=style)
-        saved = next(option for option in options if option.startswith(name))
+        saved = max(option for option in options if option.startswith(name))  # the newest
         loaded = add(again, "Load", "PasticheLoadFeatures", file=saved, model=node(again, "Mini model"), memory="ram")[0]
         again[node(again, "Style injection")[0]]["inputs"]["style"] = [loaded, 0]
         again[node(again, "Content in the style's tones")[0]]["inputs"]["style"] = [loaded, 2]
@@ -264,6 +264,7 @@ def mini(comfy: ComfyUI) -> Image.Image:
     rows = []
     for content in ("astronaut", "dandelion"):
         graph = small("styleid_mini", content=content)
+        graph.set("Invert content", memory="recompute")  # no features, which the transformer has not
         row = [(f"photo: {content}", run(comfy, graph, node(graph, "Content")))]
         for architecture, scheduler in (("unet", "normal"), ("transformer", "simple")):
             graph[node(graph, "Mini model")[0]]["inputs"]["architecture"] = architecture
