@@ -108,20 +108,9 @@ def styleid(comfy: ComfyUI) -> Image.Image:
     return sweep(comfy, small("styleid_mini", style="woodcut"), *dials, ("Content", "Style"))
 
 
-def styleid_strength(comfy: ComfyUI) -> Image.Image:
-    """Latent AdaIN off, so that the injection is seen alone."""
-    graph = small("styleid_mini", style="woodcut")
-    graph.set("Content in the style's tones", strength=0.0)
-    return sheet([dial(comfy, graph, "Style injection", "strength", [0.0, 0.5, 1.0])])
-
-
 def injectfusion(comfy: ComfyUI) -> Image.Image:
     dials = ("Inject content", "gamma", [0.2, 0.5, 0.8]), ("Calibrated sampler", "omega", [0.0, 0.3, 0.7])
     return sweep(comfy, small("injectfusion_mini"), *dials, ("Content: what is injected", "Original: gives the look"))
-
-
-def injectfusion_boost(comfy: ComfyUI) -> Image.Image:
-    return sheet([dial(comfy, small("injectfusion_mini"), "Calibrated sampler", "t_boost", [0, 150, 300])])
 
 
 def adain(comfy: ComfyUI) -> Image.Image:
@@ -130,15 +119,6 @@ def adain(comfy: ComfyUI) -> Image.Image:
     graph.set("Style injection", strength=0.0)
     return sheet([[photo(graph, comfy, "Content"), photo(graph, comfy, "Style")],
                   dial(comfy, graph, "Content in the style's tones", "strength", [0.0, 0.5, 1.0])])
-
-
-def layers(comfy: ComfyUI) -> Image.Image:
-    graph, row = small("styleid_mini"), []
-    for value in ("10-11", "6-11", "3-11"):
-        for title in ("Invert content", "Invert style", "Style injection"):
-            graph.set(title, layers=value)
-        row.append((f"layers {value}", run(comfy, graph)))
-    return sheet([row])
 
 
 def _reports(comfy: ComfyUI, settings: list[tuple[str, dict, dict]]) -> list[list[Image.Image]]:
@@ -182,12 +162,6 @@ def ddim_sampler(comfy: ComfyUI) -> Image.Image:
     link = add(graph, "DDIM", "PasticheDDIMSampler", clean_level="sigma 0", skip_steps=0)
     graph[node(graph, "Sample")[0]]["inputs"]["sampler"] = link
     return sheet([dial(comfy, graph, "DDIM", "skip_steps", [0, 2, 5])])
-
-
-def style_reference(comfy: ComfyUI) -> Image.Image:
-    graph, title = small("style_reference_mini"), "The style picture runs beside the sample"
-    rows = [dial(comfy, graph, title, "strength", [0.0, 0.5, 1.0])]
-    return sheet([*rows, dial(comfy, graph, title, "preset", ["plain", "balanced", "more style"])])
 
 
 def style_reference_transformer(comfy: ComfyUI) -> Image.Image:
@@ -269,10 +243,11 @@ def mini(comfy: ComfyUI) -> Image.Image:
         for architecture, scheduler in (("unet", "normal"), ("transformer", "simple")):
             graph[node(graph, "Mini model")[0]]["inputs"]["architecture"] = architecture
             graph.set("Schedule", scheduler=scheduler)
-            key, vae = node(graph, "Mini model")[0], [node(graph, "Mini model")[0], 1]
-            drawn = add(graph, architecture, "SamplerCustom", model=[key, 0], positive=[key, 2], negative=[key, 2], add_noise=False, noise_seed=0, cfg=1.0,
-                        sampler=node(graph, "Sampler"), sigmas=node(graph, "Schedule"), latent_image=node(graph, "Invert content"))
-            row.append((f"{architecture}: to noise and back", run(comfy, graph, add(graph, f"{architecture} decoded", "VAEDecode", samples=drawn, vae=vae))))
+            key = node(graph, "Mini model")[0]
+            report = add(graph, architecture, "PasticheInversionReport", model=[key, 0], vae=[key, 1], trajectory=[node(graph, "Invert content")[0], 1], amplify=1.0)
+            three = run(comfy, graph, report)
+            drawn = three.crop((three.width // 3, 0, 2 * three.width // 3, three.height))
+            row.append((f"{architecture}: to noise and back", drawn))
         rows.append(row)
     return sheet(rows)
 
@@ -288,11 +263,6 @@ def samples(comfy: ComfyUI) -> Image.Image:
 
 def lora_strength(comfy: ComfyUI) -> Image.Image:
     return sheet([dial(comfy, small("diffstyler_train_mini"), "Use it at once", "strength_model", [0.0, 1.0, 2.0])])
-
-
-def loss_plot(comfy: ComfyUI) -> Image.Image:
-    graph = small("diffstyler_train_mini")
-    return run(comfy, graph, [node(graph, "Train the style")[0], 3])
 
 
 def feature_injection(comfy: ComfyUI) -> Image.Image:
@@ -351,6 +321,6 @@ def methods(comfy: ComfyUI) -> Image.Image:
 
 SHEETS: dict[str, Callable[[ComfyUI], Image.Image]] = {
     function.__name__: function for function in (
-        methods, styleid, styleid_strength, adain, layers, injectfusion, injectfusion_boost, inversion, inversion_report, midpoint, ddim_sampler, style_reference,
-        style_reference_transformer, styles, feature_pca, style_library, style_similarity, mini, samples, lora_strength, loss_plot, feature_injection, keep_outside, multistyle, style_entry, fastsam)
+        methods, styles, styleid, adain, injectfusion, inversion, inversion_report, midpoint, ddim_sampler, style_reference_transformer, feature_pca,
+        style_library, style_similarity, mini, samples, lora_strength, feature_injection, keep_outside, multistyle, style_entry, fastsam)
 }
