@@ -1,5 +1,6 @@
 """Parts of the rooms that have no file of their own: other nodes' hooks, number checks, the mini models' memory, FastSAM's small print."""
 
+import functools
 import logging
 import math
 import types
@@ -30,6 +31,12 @@ from pastiche.nodes.host.trajectories.latent_adain import latent_adain
 from pastiche.nodes.host.whole_models import WholeModelPatcher
 from pastiche.nodes.sockets import FeatureBank, FeatureKey, Fingerprint, Trajectory
 from support.models import tiny_unet
+
+
+@functools.cache
+def unet():
+    """One for all tests, which leave it as it is."""
+    return tiny_unet()
 
 
 def random(*shape, seed=0):
@@ -210,7 +217,7 @@ def test_a_whole_model_is_never_left_in_part(monkeypatch):
 
 
 def test_levels_of_a_clean_picture():
-    sampling = tiny_unet().get_model_object("model_sampling")
+    sampling = unet().get_model_object("model_sampling")
     assert [clean_sigma(sampling, level) for level in ("sigma 0", "t = 0", "t = 1")] == [0.0, float(sampling.sigmas[0]), float(sampling.sigmas[1])]
     flow = tiny_unet(prediction="flow").get_model_object("model_sampling")
     assert clean_sigma(flow, "t = 0") == float(flow.sigma_min)
@@ -270,14 +277,14 @@ def test_a_films_statistics_are_over_all_its_frames():
 def test_when_style_injection_blends_and_changes(settings, blends, changes):
     key = FeatureKey("self_attention", "output", 7)
     bank = FeatureBank(Trajectory(torch.tensor([0.0, 1.0]), random(2, 1, 4, 8, 8), [[None, {}]], "next", Fingerprint("", "")), (key,), "ram", None, None)
-    model = tiny_unet()
+    model = unet()
     settings = dict(gamma=0.75, temperature=1.5, strength=1.0, mask=None, sigmas=styles.SigmaRange()) | settings
     own = styles.StylePatches(find_adapter(model), bank, None, [("output", 7)], **settings)
     assert own.blends is blends and bool(own.changes) is changes and not own.projected and own.rows_beside == 1
 
 
 def test_layers_of_content_features():
-    adapter = find_adapter(tiny_unet())
+    adapter = find_adapter(unet())
     key = lambda stream, number: FeatureKey(stream, "output", number)
     held = FeatureBank(None, (key("residual", 3), key("residual", 5), key("self_attention_q", 3), key("self_attention_q", 7)), "ram", None, None)
     places = lambda text, stream, share=1.0, bank=held: [number for _, number in _places(adapter, bank, text, stream, share)]
@@ -299,7 +306,7 @@ def test_the_steps_that_must_have_been_captured(feature_steps, attention_steps, 
     bank = FeatureBank(Trajectory(sigmas, random(5, 1, 4, 8, 8), [[None, {}]], "next", Fingerprint("", "")), (), "ram", None, None)
     place = [("output", 7)]
     own = ContentPatches(
-        find_adapter(tiny_unet()), bank, feature_steps, attention_steps, place * ("residual" in layers), place * ("attention" in layers), [], "override"
+        find_adapter(unet()), bank, feature_steps, attention_steps, place * ("residual" in layers), place * ("attention" in layers), [], "override"
     )
     (source,) = own.sources
     assert [source.due(sigma) for sigma in (4.0, 3.0, 2.0, 1.0)] == [step < 4 * last for step in range(4)]

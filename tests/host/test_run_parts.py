@@ -1,5 +1,6 @@
 """Parts that sampling runs are made of: which step a level is, whose a condition is, what is said once, what is put back."""
 
+import functools
 import logging
 import math
 import types
@@ -29,6 +30,12 @@ from support.models import tiny_cond, tiny_unet
 
 KEY, H = FeatureKey("self_attention", "output", 7, 0), FeatureKey("h_space", "middle", 0)
 CPU = torch.device("cpu")
+
+
+@functools.cache
+def unet():
+    """One for all tests, which leave it as it is."""
+    return tiny_unet()
 
 
 def random(*shape, seed=0):
@@ -68,14 +75,14 @@ def test_ranges_hold_both_their_ends():
     assert SigmaRange().holds(0.0) and SigmaRange().holds(1e9)
     span = SigmaRange(4.0, 1.0)
     assert [span.holds(sigma) for sigma in (4.0, 1.0, 2.0, 4.1, 0.9)] == [True, True, True, False, False]
-    sampling = tiny_unet().get_model_object("model_sampling")
+    sampling = unet().get_model_object("model_sampling")
     found = sigma_range(sampling, 0.25, 0.75)
     assert (found.high, found.low) == (sampling.percent_to_sigma(0.25), sampling.percent_to_sigma(0.75))
     assert found.high > found.low
 
 
 def test_timesteps_of_the_papers_scale():
-    sampling = tiny_unet().get_model_object("model_sampling")
+    sampling = unet().get_model_object("model_sampling")
     assert sigma_of_timestep(sampling, 0) == sigma_of_timestep(sampling, -1) == 0
     assert sigma_of_timestep(sampling, 1000) == math.inf
     assert sigma_of_timestep(sampling, 999) == sigma_of_timestep(sampling, 999.5) == float(sampling.sigma_max)
@@ -130,7 +137,7 @@ def test_features_are_kept_once_a_step():
 
 
 def test_models_share_weights_where_nothing_was_patched():
-    model = tiny_unet()
+    model = unet()
     clone = model.clone()
     assert same_weights(model, clone)
     clone.add_patches({"diffusion_model.out.2.weight": ("diff", (torch.zeros(1),))})
@@ -314,7 +321,7 @@ def shrunken(model):
 
 
 def test_shapes_that_are_not_the_latents():
-    model, shape = tiny_unet(), (1, 64, 32)
+    model, shape = unet(), (1, 64, 32)
     require_shape(model, KEY, torch.zeros(2, 64, 32), shape)
     require_shape(model, KEY._replace(stream="cross_attention_k"), torch.zeros(1, 14, 32), shape)
     for found in ((1, 16, 32), (1, 128, 32), (1, 32, 64)):
@@ -331,7 +338,7 @@ def test_shapes_that_are_not_the_latents():
 
 
 def test_prompts_of_none_count_77_tokens():
-    model = tiny_unet()
+    model = unet()
     adapter, key = find_adapter(model), FeatureKey("cross_attention_k", "output", 7, 0)
     with_prompt = trajectory(batch=2)
     assert feature_shapes(adapter, [key], with_prompt) == {key: (2, 7, 32)}
@@ -400,7 +407,7 @@ def test_one_layer_is_shown():
 
 
 def test_tokens_are_laid_out_row_by_row():
-    model = tiny_unet()
+    model = unet()
     adapter, held = find_adapter(model), bank(size=(8, 16))
     maps = random(1, 5, 2, 3)
     assert _as_grid(maps, KEY, adapter, held) is maps
@@ -423,7 +430,7 @@ def test_a_share_of_the_schedule_is_a_step(share, step):
 def test_pictures_of_features_are_enlarged_by_whole_numbers(size, scale):
     place = FeatureKey("residual", "output", 7)
     store = types.SimpleNamespace(read=lambda key, step, device: random(2, 5, 8, 12))
-    held = FeatureBank(trajectory(batch=2), (place,), "ram", store, tiny_unet())
+    held = FeatureBank(trajectory(batch=2), (place,), "ram", store, unet())
     found = feature_pca(held, None, "7", 0.5, size)
     assert found.shape == (2, 8 * scale, 12 * scale, 3)
     assert torch.equal(found, found[:, ::scale, ::scale].repeat_interleave(scale, 1).repeat_interleave(scale, 2))
@@ -446,7 +453,7 @@ def test_pinned_features_are_given_back_with_their_store_but_not_at_the_end(monk
 
 
 def test_a_failing_capture_is_told_and_leaves_nothing(monkeypatch):
-    model = tiny_unet()
+    model = unet()
     thrown = []
     from pastiche.nodes.host.networks.fingerprint import fingerprint
 

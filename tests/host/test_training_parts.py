@@ -1,5 +1,6 @@
 """Parts of Train Style LoRA: what a VAE's posterior is taken for, refusals, progress, and switches put back."""
 
+import functools
 import types
 
 import pytest
@@ -14,6 +15,12 @@ from pastiche.nodes.host.training.loop import TrainedLoRA, TrainingSettings, _fi
 from pastiche.nodes.host.training.progress import NodeProgress, TimeLeft
 from support.models import tiny_cond, tiny_unet
 from support.training import images
+
+
+@functools.cache
+def unet():
+    """One for all tests, which leave it as it is."""
+    return tiny_unet()
 
 
 def random(*shape, seed=0):
@@ -122,11 +129,11 @@ def test_digests_tell_values_shapes_and_deviations_apart():
 @pytest.mark.parametrize("change", [dict(steps=0), dict(rank=0), dict(batch_size=0)])
 def test_numbers_below_one_are_refused(change):
     with pytest.raises(ValueError, match="^steps, rank and batch_size must be at least 1"):
-        check_inputs(tiny_unet(), [[None, {}]], images(), TrainingSettings(**change))
+        check_inputs(unet(), [[None, {}]], images(), TrainingSettings(**change))
 
 
 def test_a_prompt_may_be_none_but_not_nan():
-    model, one = tiny_unet(), TrainingSettings(steps=1, rank=1, batch_size=1)
+    model, one = unet(), TrainingSettings(steps=1, rank=1, batch_size=1)
     broken = [[torch.tensor([[[float("nan")]]]), {}]]
     check_inputs(model, [[None, {}]], images(), one)
     check_inputs(model, tiny_cond(model) * 3, images(3), one)
@@ -169,7 +176,7 @@ def test_texts_come_twice_a_second_at_most(monkeypatch):
     now, said = [100.0], []
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(progress, "say_on_node", lambda node, text: said.append((node, text)))
-    shown = NodeProgress(5, tiny_unet(), "7")
+    shown = NodeProgress(5, unet(), "7")
     for later, text in ((0.0, "a"), (0.4, "b"), (0.6, "c"), (1.0, "d"), (1.11, "e")):
         now[0] = 100.0 + later
         shown.update(1, text)
@@ -179,7 +186,7 @@ def test_texts_come_twice_a_second_at_most(monkeypatch):
 
 
 def test_a_preview_is_the_latents_colours():
-    kind, picture, longest = NodeProgress(5, tiny_unet(), None)._picture(random(1, 4, 6, 8))
+    kind, picture, longest = NodeProgress(5, unet(), None)._picture(random(1, 4, 6, 8))
     assert kind == "JPEG" and picture.size[0] >= 8 and picture.size[0] * 6 == picture.size[1] * 8 and longest >= 64
 
 
