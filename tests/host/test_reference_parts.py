@@ -5,9 +5,9 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
 from pastiche.nodes.host.injections.schedule import Schedule, SigmaRange
-from pastiche.nodes.host.references.install import _styles, borrow_structure, parse_weights, picture_latents, references_of
+from pastiche.nodes.host.references.install import _say_what_has_no_effect, _styles, borrow_structure, parse_weights, picture_latents, references_of
 from pastiche.nodes.host.references.layout import Call, Layout, Probe, chained, named, small_shape, token_axis
-from pastiche.nodes.host.references.run import _Added, _cropped, _first_rows, _shapes, borrowed_calls, chosen_calls
+from pastiche.nodes.host.references.run import StyleReferences, _Added, _cropped, _first_rows, _shapes, borrowed_calls, chosen_calls
 from pastiche.nodes.host.references.settings import Borrow, Cures, Reference
 from pastiche.nodes.host.references.sharing import Part, Sharing, _lengthened, _normalised, _rows_of, _unconditional
 from pastiche.nodes.host.references.sources import PictureSource, TrajectorySource, seeded_noise
@@ -268,3 +268,57 @@ def test_calls_of_other_sizes_than_expected_are_passed_through():
     fits = sharing(parts=[part])
     assert not torch.equal(fits(attention_pytorch, q[:, :6], q[:, :6], q[:, :6], 2)[:1], attention_pytorch(q[:1, :6], q[:1, :6], q[:1, :6], 2))
     assert not fits.strayed
+
+
+def test_the_blend_of_borrowed_tokens_goes_with_the_progress():
+    """All of the content's up to the middle of the sampling, then its share falls to nothing; the text's tokens stay."""
+    q, span = random(4, 7, 8), (2, 7)
+    borrow = Borrow(Schedule(torch.tensor([1.0, 0.0])), 1.0, 1.0, None, None, True)
+    part = Part(reference(styles=(), borrow=borrow), None, (0,), (), slice(2, 4), frozenset({0}))
+    for progress, share in ((0.0, 1.0), (0.5, 1.0), (0.75, 0.5), (0.9, 0.2), (1.0, 0.0)):
+        own = Sharing(Layout(()), [], 2, (1, 5), True, progress, None, None)
+        found = own._borrowed(q, part, span, 1)
+        expected = q.clone()
+        expected[:2, 2:] = share * q[2:, 2:] + (1 - share) * q[:2, 2:]
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(), None), (dict(content=TrajectorySource(trajectory(2), (0, 1))), None), (dict(content=TrajectorySource(trajectory(1), (0,))), None),
+    (dict(content=TrajectorySource(trajectory(3), (0, 1, 2))), "^content: 3 inverted images cannot be shared among 2 samples"),
+    (dict(mask=torch.ones(2, 8, 8)), None), (dict(mask=torch.ones(8, 8)), None), (dict(mask=torch.ones(3, 8, 8)), "^mask: 3 masks for 2 samples"),
+])
+def test_what_does_not_fit_a_sampling_is_refused_when_it_starts(settings, message):
+    def check(size=(2, 2), start=3.0):
+        StyleReferences((reference(**settings),))._check(torch.zeros(2, 4, *size), torch.tensor([start, 1.0, 0.0]))
+
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            check()
+        return
+    check()
+    if "content" not in settings:
+        check((2, 4), 9.0)
+        return
+    for size in ((2, 4), (4, 2)):
+        with pytest.raises(ValueError, match=f"^content: its latent is 2x2 .height x width., the sampled one {size[0]}x{size[1]}"):
+            check(size)
+    with pytest.raises(ValueError, match="^content: the inversion ends at sigma 3.000"):
+        check(start=4.0)
+
+
+def test_a_style_that_was_inverted_on_a_shorter_schedule_is_named():
+    styles = ((TrajectorySource(trajectory(1), (0,)), 1.0),)
+    with pytest.raises(ValueError, match="^style_trajectory: the inversion ends at sigma 3.000"):
+        StyleReferences((reference(styles=styles),))._check(torch.zeros(1, 4, 2, 2), torch.tensor([4.0, 0.0]))
+
+
+@pytest.mark.parametrize("cures, rotates, unrotated, said", [
+    (Cures(untwist_high=0.5), False, True, ["has no rotary positions"]), (Cures(untwist_high=0.5), False, False, ["turns its positions in a way"]),
+    (Cures(untwist_high=0.5), True, False, []), (Cures(token_adain=0.5), True, False, []), (Cures(token_adain=0.5), False, True, []),
+    (Cures(token_adain=0.5), False, False, ["token_adain has no effect"]), (Cures(leak_guard=0.5), True, False, ["at cfg 1 there are none"]), (Cures(), False, False, []),
+])
+def test_cures_without_effect_are_said(caplog, cures, rotates, unrotated, said):
+    caplog.set_level("INFO")
+    _say_what_has_no_effect("Test", cures, rotates, unrotated)
+    assert len(caplog.records) == len(said) and all(part in caplog.text for part in said)
