@@ -22,7 +22,8 @@ import pytest
 from support.devices import MODES, ON_CPU, SIMULATED, TEST_DEVICE, available_modes, memory_mode, own_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
-LIVE = ("server/", "browser/", "tools/test_client.py", "tools/test_restyle_live.py")  # tests that share a ComfyUI server and a browser
+# tests that share a ComfyUI server, and a browser: beginning of the path -> what they are together
+LIVE = {"server/": "server", "tools/test_client.py": "server", "tools/test_restyle_live.py": "server", "browser/": "browser"}
 NEEDS_COMFYUI = ("host", "nodes", "neighbours", "server", "browser")
 
 
@@ -99,12 +100,13 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """In several processes a file stays in one, for its fixtures; so do all files that share a ComfyUI server and a browser."""
+    """In several processes a file stays in one, for its fixtures; so do all files of LIVE that share what takes long to start."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid):
-            return "live" if nodeid.startswith(LIVE) else super()._split_scope(nodeid)
+            shared = next((scope for start, scope in LIVE.items() if nodeid.startswith(start)), None)
+            return shared or super()._split_scope(nodeid)
 
     return Scheduling(config, log)
 

@@ -11,6 +11,7 @@ Without a browser the browser tests are skipped, under CI they fail.
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -72,7 +73,8 @@ def server(live_host, tmp_path_factory, artifacts):
     running = Server(live_host, base, cpu=TEST_DEVICE != "cuda")
     with running:
         yield running
-        shutil.copy(running.log, artifacts / "server.log")
+        process = os.environ.get("PYTEST_XDIST_WORKER")  # each has a server of its own
+        shutil.copy(running.log, artifacts / (f"server_{process}.log" if process else "server.log"))
 
 
 @pytest.fixture(scope="session")

@@ -121,8 +121,8 @@ def test_files_that_share_a_server_stay_in_one_process(request):
     conftest = next(plugin for plugin in request.config.pluginmanager.get_plugins() if hasattr(plugin, "pytest_xdist_make_scheduler"))
     found = conftest.pytest_xdist_make_scheduler(types.SimpleNamespace(getvalue=lambda name: ["popen"]), None)
     assert isinstance(found, scheduling)
-    scopes = [found._split_scope(test) for test in ("server/test_a.py::test", "browser/test_b.py::test[x::y]", "host/test_c.py::test[a]")]
-    assert scopes == ["live", "live", "host/test_c.py"]
+    tests = ("server/test_a.py::test", "browser/test_b.py::test[x::y]", "tools/test_client.py::test", "host/test_c.py::test[a]")
+    assert [found._split_scope(test) for test in tests] == ["server", "browser", "server", "host/test_c.py"]
     assert all((ROOT / "tests" / place).exists() for place in conftest.LIVE)
 
 
