@@ -424,3 +424,41 @@ TEMPLATES += [
     _large("25 Style from a picture - Z-Image Turbo", "style_reference_z_image", FROM_TEXT.format("Z-Image Turbo"), SPLIT,
            ("Prompt", "No negative prompt", "Size", "Schedule"), ("astronaut", "woodcut", 256), False),
 ]
+
+PANS = (
+    "## A film in a painting's manner\n\n"
+    "The film here is a picture frame that moves over a photo; press **Run** (a minute or two on a CPU).\n\n"
+    "**Change first:** *steady*: how firmly every dab stays on its place; then *gamma*: lower lets more of the painting in. "
+    "Frames are written to the output folder as they are done, so a stopped run goes on.\n\n"
+    "**Your own:** connect the images of Load Video and Get Video Components to *frames*."
+)
+OF_MINE = (
+    "## My film in a painting's manner\n\n"
+    "Choose a file in *My film*. A few frames at a time are restyled and written, so memory does not grow with the film, "
+    "and a stopped run goes on.\n\n"
+    "**Change first:** *steady*, then *gamma*; *chunk*: as many frames as your memory takes. "
+    "Not run on the large model by us: its graph was checked, its films were not seen."
+)
+TEMPLATES += [
+    Template(
+        "26 Restyle a film - without flicker", "film_mini", PANS,
+        (
+            (("", ((NOTE,),)), ("1 Pictures", (("Photo", "Painting"), ("Mini model", "Scene", "The camera pans", "Painting size")))),
+            (("2 Style", (("Restyle the film",),)),),
+            (("3 Film", (("Film", "Result"), ("Compare",))),),
+        ),
+        (Box("The camera pans", (*(f"Frame {number}" for number in range(1, 8)), "Frames"), labels={"Frames": "frames"},
+             description="Seven pictures cut out of the scene, each a little further: a film whose motion is known."),),
+        {NOTE: (560, 240), "Film": (300, 420), "Result": (300, 340), "Compare": (470, 600)},
+        ("Photo", "Painting", "Result"),
+    ),
+    Template(
+        "27 Restyle a film - with your checkpoint", "film", OF_MINE,
+        (
+            (("", ((NOTE,),)), ("1 Pictures", (("My film", "Painting"), ("Checkpoint (SD1.5, SD2, SDXL)", "Empty prompt", "Its frames", "Frame size", "Painting size")))),
+            (("2 Style", (("Restyle the film",),)),),
+            (("3 Film", (("Film", "Save the film"), ("Compare",))),),
+        ),
+        sizes={NOTE: (560, 240), "My film": (300, 300), "Save the film": (300, 380), "Compare": (470, 600)},
+    ),
+]
