@@ -231,7 +231,7 @@ TEMPLATES = [
              ("3 Style", (("Train the style",), ("Style LoRA",), ("Keep the content's structure", "Leave the rest as it is")))),
             (("4 Draw", (("Sampler", "Sample", "Decode", "Result"), ("Compare",))),),
         ),
-        sizes={NOTE: (540, 200), "Result": (260, 320), "Compare": (400, 500)},
+        sizes={NOTE: (540, 200), "Result": (260, 320), "Compare": (400, 500), "Train the style": (230, 650)},
         shown=("Content", "Style", "Result"),
     ),
     Template(
