@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 CODE = """
-import asyncio, sys, types
+import asyncio, os, sys, types
 sys.path[:0] = [{tests!r}]
 import conftest
 import comfy.sd, comfy.samplers, comfy.lora, comfy.model_patcher, comfy.utils, comfy.sample, latent_preview
@@ -27,6 +27,7 @@ def snapshot(keep=[]):
                     found[module_name, name + "." + inner] = method
     return found
 
+folder_paths.add_model_folder_path("loras", os.path.join(folder_paths.get_output_directory(), "loras"))  # core's main.py does it
 before = snapshot()
 folders = {{key: (list(paths), set(kinds)) for key, (paths, kinds) in folder_paths.folder_names_and_paths.items()}}
 
