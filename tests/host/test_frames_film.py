@@ -21,9 +21,10 @@ class PlainVAE:
     """Means of 8x8 pixels as latents, drawn out again; remembers what it decoded."""
 
     def __init__(self, stops_after=99):
-        self.decoded, self.stops_after = [], stops_after
+        self.decoded, self.encoded, self.stops_after = [], 0, stops_after
 
     def encode(self, image):
+        self.encoded += len(image)
         small = torch.nn.functional.avg_pool2d(image.movedim(-1, 1), 8)
         return 4 * torch.cat([small, small.square()[:, :1]], 1) - 2
 
@@ -140,7 +141,7 @@ def test_a_stopped_film_goes_on_as_if_it_had_not_been(model, settings):
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         restyle(model, settings, 1, vae=PlainVAE(stops_after=2))
     resumed, written, vae = restyle(model, settings, 1, resume=True)
-    assert len(vae.decoded) == 1  # two of three frames were there
+    assert len(vae.decoded) == 1 and vae.encoded == 2  # two of three frames were there, and the statistics: the style and one frame are left
     assert torch.equal(resumed, whole) and written.done == 3
     again, _, vae = restyle(model, settings, 1, resume=True)
     assert not vae.decoded and torch.equal(again, whole)
