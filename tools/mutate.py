@@ -55,6 +55,7 @@ class Mutation:
     end: int
     text: str
     statement: tuple[int, int] = (0, 0)  # first and last line of what it is part of, without the body of an if or a loop
+    imported: bool = False  # importing executes it: a constant, a default
 
     def apply(self, source: bytes) -> bytes:
         return source[: self.begin] + self.text.encode() + source[self.end :]
@@ -66,7 +67,7 @@ class _Finder(ast.NodeVisitor):
     def __init__(self, path: Path, source: bytes):
         self.path, self.source = path, source
         self.found: list[Mutation] = []
-        self._statement = (0, 0)
+        self._statement, self._functions = (0, 0), 0
         self._starts = [0]
         for line in source.splitlines(keepends=True):
             self._starts.append(self._starts[-1] + len(line))
@@ -84,8 +85,12 @@ class _Finder(ast.NodeVisitor):
                 self.visit(node.value)
             return
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            for part in [*node.args.defaults, *[d for d in node.args.kw_defaults if d], *node.body]:
+            for part in [*node.args.defaults, *[d for d in node.args.kw_defaults if d]]:
                 self.visit(part)
+            self._functions += 1
+            for part in node.body:
+                self.visit(part)
+            self._functions -= 1
             return
         self._mutate(node)
         self.generic_visit(node)
@@ -127,7 +132,10 @@ class _Finder(ast.NodeVisitor):
         return self.source[begin:end].decode()
 
     def _add(self, node: ast.AST, text: str, kind: str) -> None:
-        self.found.append(Mutation(self.path, node.lineno, kind, *self._span(node), text, self._statement))
+        self._found(node, kind, *self._span(node), text)
+
+    def _found(self, node: ast.AST, kind: str, begin: int, end: int, text: str) -> None:
+        self.found.append(Mutation(self.path, node.lineno, kind, begin, end, text, self._statement, not self._functions))
 
     def _between(self, node: ast.AST, left: ast.AST, right: ast.AST, word: str, kind: str) -> None:
         """Replaces the operator between two operands, keeping brackets and line breaks around it."""
@@ -136,7 +144,7 @@ class _Finder(ast.NodeVisitor):
         operator = re.search(r"not\s+in|is\s+not|is|in|and|or|//|\*\*|[<>=!]=|[-+*/%<>]", gap)
         if operator:
             offset = begin + len(gap[: operator.start()].encode())
-            self.found.append(Mutation(self.path, node.lineno, kind, offset, offset + len(operator[0]), word, self._statement))
+            self._found(node, kind, offset, offset + len(operator[0]), word)
 
 
 def find_mutations(path: Path, source: bytes) -> list[Mutation]:
@@ -190,7 +198,8 @@ class Profile:
         first, last = mutation.statement
         executed = [lines[line] for line in range(first, last + 1) if line in lines]
         found = set().union(*executed)
-        if executed and not found:  # a default, a constant: tests may look at it without executing anything of the module
+        # A default, a constant: tests may look at it without executing anything of the module, and one that imports it first is not all.
+        if executed and (mutation.imported or not found):
             found = set().union(*lines.values(), (test for test in self.seconds if test.split("::")[0] in own))
         names = sorted(found, key=lambda name: (name.split("::")[0] not in own, self.seconds[name], name))
         chosen, total = [], 0.0

@@ -1,6 +1,7 @@
 """Corners of the rooms: what runs beside what, notes about layers, queries on pictures, names and switches."""
 
 import logging
+import os
 import types
 
 import pytest
@@ -356,11 +357,12 @@ def test_heads_of_a_segmenter(change, message):
 def test_files_that_another_process_writes(tmp_path, monkeypatch):
     path = tmp_path / "pastiche-1-a.partial"
     path.write_bytes(b"x")
-    about, now = path.stat().st_mtime, [0.0]
+    about, now = 1_000_000, [0.0]
+    os.utime(path, (about, about))
     monkeypatch.setattr(files.time, "time", lambda: about + now[0])
     locks = []
     monkeypatch.setattr(files, "_lock", lambda descriptor: locks.append(descriptor) or False)
-    for age, abandoned, asked in ((59.0, False, 0), (61.0, False, 1), (86399.0, False, 2), (86401.0, True, 2)):
+    for age, abandoned, asked in ((59.0, False, 0), (60.0, False, 1), (61.0, False, 2), (86400.0, False, 3), (86401.0, True, 3)):
         now[0] = age
         assert files._abandoned(path) is abandoned and len(locks) == asked
     monkeypatch.setattr(files, "_lock", lambda descriptor: True)

@@ -380,6 +380,13 @@ def test_steps_of_a_file_have_the_shape_that_was_announced(tmp_path):
     assert FileStore(path).tensor("a")[:, 0, 0].tolist() == [1, 2, 3] and path.is_file()
 
 
+@pytest.mark.parametrize("count", range(9))
+def test_numbers_begin_at_a_multiple_of_eight_bytes(tmp_path, count):
+    """As the safetensors format asks for: readers map them as they lie."""
+    path = FileWriter(tmp_path / "a.safetensors", {"a": (1, 4)}, {"a": torch.float32}, {"n": "x" * count}).finish()
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0 and (path.stat().st_size - 16) % 8 == 0
+
+
 def test_files_of_listed_folders_alone(tmp_path, monkeypatch):
     import folder_paths
 

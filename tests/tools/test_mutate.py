@@ -63,6 +63,8 @@ def test_a_mistake_knows_its_statement_without_the_body(mutate):
     found = {one.text: one.statement for one in mutate.find_mutations(Path("a.py"), SOURCE.encode())}
     assert found["(4 + 1)"] == found["a"] == (12, 13)
     assert found["<="] == (9, 9) and found["(3 + 1)"] == (4, 4)
+    imported = {one.text for one in mutate.find_mutations(Path("a.py"), SOURCE.encode()) if one.imported}
+    assert imported == {"(3 + 1)", "(2 + 1)", "False"}
 
 
 def asked(mutate, profile, root, *statement):
@@ -90,6 +92,10 @@ def test_constants_are_asked_of_tests_that_only_look_at_them(mutate, tmp_path):
     looks["lines"] = {"nodes/a.py": {"1": [], "3": []}}
     profile = mutate.Profile({"host/test_a.py": looks, "host/test_b.py": other})
     assert asked(mutate, profile, tmp_path, 1, 1) == ["host/test_a.py::one"]
+    other["lines"] = {"nodes/a.py": {"1": [0]}}  # imports the module while it runs
+    profile = mutate.Profile({"host/test_a.py": looks, "host/test_b.py": other})
+    constant = mutate.Mutation(Path("nodes/a.py"), 1, "constant", 0, 1, "2", (1, 1), imported=True)
+    assert profile.tests(constant, tmp_path) == ["host/test_a.py::one", "host/test_b.py::two"]
 
 
 def test_without_a_profile_whole_files_are_asked(mutate):
