@@ -37,7 +37,7 @@ def defaults(function):
 
 @pytest.mark.parametrize("function, node, names", [
     (loop.TrainingSettings, training_nodes.TrainStyleLoRA, "steps rank alpha learning_rate targets seed batch_size flip crop min_snr_gamma "
-     "precision gradient_checkpointing keep_on_cancel preview_every"),
+     "precision gradient_checkpointing keep_on_cancel preview_every schedule clean_weight validation_every"),
     (prompt.Finish, fastsam_nodes.FastSAMPrompt, "merge invert grow feather"),
     (prompt.Prompt, fastsam_nodes.FastSAMPrompt, "count mode"),
     (prompt.prompt_masks, fastsam_nodes.FastSAMPrompt, "resolution confidence overlap"),
