@@ -253,7 +253,7 @@ TEMPLATES = [
             for side in ("left", "right")
         ),
         {NOTE: (560, 180), "Result": (260, 320), "Compare": (430, 520)},
-        ("Content", "Style left", "Result"),
+        ("Style left", "Style right", "Result"),
     ),
     Template(
         "08 Click an object - restyle only that", "fastsam_localized_style_mini",
