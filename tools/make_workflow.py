@@ -225,8 +225,10 @@ PLACE = """(places, groups) => {
 
 def arrange(ui: Frontend, template: Template) -> None:
     """Places nodes and groups as the template says: stacks from left to right, groups from top to bottom."""
-    # a title bar cuts off what is longer than the node
-    least = dict(ui.page.evaluate("() => app.graph.nodes.map((n) => [n.title, [Math.max(230, 74 + 7 * n.title.length), n.computeSize()[1]]])"))
+    # a title bar cuts off what is longer than the node; in Nodes 2.0 a subgraph has a button more at its end
+    least = dict(ui.page.evaluate(
+        "() => app.graph.nodes.map((n) => [n.title, [Math.max(230, 74 + 7 * n.title.length), n.computeSize()[1] + (n.isSubgraphNode?.() ? 36 : 0)]])"
+    ))
     missing = set(least) - {title for stack in template.stacks for _, columns in stack for column in columns for title in column}
     if missing:
         raise ValueError(f"{template.api}: tools/templates.py gives no place to {', '.join(missing)}")
