@@ -28,7 +28,6 @@ WITHOUT_DEVICE = {
     "host/test_compatibility.py": "what an older ComfyUI's node interface lacks",
     "host/test_fastsam_format.py": "checkpoint files, which are read on the CPU",
     "host/test_untouched.py": "what importing does, in processes of its own",
-    "host/test_verify_models.py": "a tool that checks files on the CPU; its test of broken unconditional files fails there, not understood yet",
     "host/test_version.py": "version numbers",
     "nodes/test_api_graphs.py": "JSON",
     "nodes/test_locales.py": "JSON",
