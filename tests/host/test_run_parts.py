@@ -14,7 +14,7 @@ from pastiche.nodes.algorithms.metrics import channel_correlation
 from pastiche.nodes.host.features import capture as capturing
 from pastiche.nodes.host.features.capture import _check_room, capture, feature_shapes, require_even, require_shape, storage_dtype
 from pastiche.nodes.host.features.library import _inside_folders
-from pastiche.nodes.host.features.stores import FileStore, FileWriter, MemoryStore, _aligned, readable_size
+from pastiche.nodes.host.features.stores import FileStore, FileWriter, MemoryStore, _aligned, _upload, readable_size
 from pastiche.nodes.host.features.views import _as_grid, choose_key, feature_pca, features_at
 from pastiche.nodes.host.injections import hints
 from pastiche.nodes.host.injections.hints import Expected, Other, _likeness, _start_hint
@@ -385,6 +385,13 @@ def test_numbers_begin_at_a_multiple_of_eight_bytes(tmp_path, count):
     """As the safetensors format asks for: readers map them as they lie."""
     path = FileWriter(tmp_path / "a.safetensors", {"a": (1, 4)}, {"a": torch.float32}, {"n": "x" * count}).finish()
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0 and (path.stat().st_size - 16) % 8 == 0
+
+
+def test_uploads_wait_for_nothing_and_downloads_for_their_bytes(monkeypatch):
+    tensor = types.SimpleNamespace(to=lambda device, non_blocking: (device.type, bool(non_blocking)))
+    for able in (True, False):
+        monkeypatch.setattr(comfy.model_management, "device_supports_non_blocking", lambda device: able)
+        assert _upload(tensor, CPU) == ("cpu", False) and _upload(tensor, torch.device("meta")) == ("meta", able)
 
 
 def test_files_of_listed_folders_alone(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from pastiche.nodes.host.networks.unconditional import (
 from pastiche.nodes.host.networks.unconditional_checkpoint import Reading, _choose, _unwrapped
 from pastiche.nodes.host.networks.unconditional_files import alphas_bar, describe
 from pastiche.nodes.host.networks.unconditional_flat import Upsample, _resampled, sinusoids
-from pastiche.nodes.host.networks.unconditional_folders import Listing, brief, check_sizes, compare_shapes, lies_inside, read_json
+from pastiche.nodes.host.networks.unconditional_folders import Listing, _of_today, brief, check_sizes, compare_shapes, lies_inside, read_json
 from pastiche.nodes.host.networks.unconditional_layouts import Layer, Layout, _check_widths, _count_heads
 from pastiche.nodes.host.networks.unconditional_pixels import PixelUNet
 from support.unconditional import COMMON, SCHEDULER, TINY, root, write_folder  # noqa: F401  (a fixture)
@@ -255,6 +255,14 @@ def test_tensors_that_are_missing_or_of_another_shape_are_counted():
         compare_shapes(expected, {"b": (2, 1), "a": (4,)}, "x")
     with pytest.raises(ValueError, match=r"1 tensors .* the first a \(\(4,\) expected, nothing found\)"):
         compare_shapes(expected, {"b": (1, 2), "c": (3,)}, "x")
+
+
+@pytest.mark.parametrize("name, today", [
+    ("a.attentions.0.query.weight", "a.attentions.0.to_q.weight"), ("attentions.proj_attn.bias", "attentions.to_out.0.bias"), ("a.query.weight", "a.query.weight"),
+    ("attentions", "attentions"), ("attentions.value", "attentions.value"), ("query.attentions", "to_q.attentions"), ("a.attentions.0.query", "a.attentions.0.query"),
+])
+def test_names_of_attention_layers(name, today):
+    assert _of_today(name) == today
 
 
 def test_inside_is_below(tmp_path):
