@@ -146,3 +146,9 @@ def test_text_is_clean():
                     if re.search(r"/(work|root|tmp)/[a-z]|\bbreakpoint\(|console\.log\(", line):
                         found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
     assert not found
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """Their folders are no packages, so pytest refuses two modules of one name; runs of one folder do not show it."""
+    names = [path.name for path in sorted((ROOT / "tests").rglob("test_*.py"))]
+    assert [name for name in names if names.count(name) > 1] == []
