@@ -234,6 +234,14 @@ def test_a_box_takes_what_fills_it_best_and_touching_is_no_overlap():
     assert select_boxes(cells([[1, 1, 4, 4]]), [(3.9, 1, 8, 4)]) == [0]
 
 
+@pytest.mark.parametrize("box, fits, narrower", [
+    ((0, 0, 4, 8), (0, 0, 4, 8), (1, 0, 4, 8)), ((0, 0, 8, 4), (0, 0, 8, 4), (0, 1, 8, 4)),
+    ((-5, -5, 4, 8), (0, 0, 4, 8), (1, 0, 4, 8)), ((4, -5, 99, 99), (4, 0, 8, 8), (4, 0, 7, 8)), ((0, 4, 8, 99), (0, 4, 8, 8), (0, 4, 8, 7)),
+])
+def test_a_box_at_the_edge_takes_the_object_of_its_size(box, fits, narrower):
+    assert select_boxes(cells([narrower, fits]), [box]) == [1] and select_boxes(cells([fits, narrower]), [box]) == [0]
+
+
 def test_a_picture_without_objects():
     none = cells([[0, 0, 8, 8]]).take(torch.zeros(0, dtype=torch.long))
     assert select_boxes(none, [(0, 0, 8, 8)]) == [] == rank(none, "largest", 3)
