@@ -19,6 +19,7 @@ from pastiche.nodes.algorithms.segments import (
     decode_segments,
     points_without_object,
     rank,
+    render_masks,
     select_boxes,
     select_points,
 )
@@ -240,6 +241,16 @@ def test_a_box_takes_what_fills_it_best_and_touching_is_no_overlap():
 ])
 def test_a_box_at_the_edge_takes_the_object_of_its_size(box, fits, narrower):
     assert select_boxes(cells([narrower, fits]), [box]) == [1] and select_boxes(cells([fits, narrower]), [box]) == [0]
+
+
+def test_a_pixel_on_the_near_edge_is_inside_and_on_the_far_edge_outside():
+    """Centres lie at halves."""
+    segments = cells([[1.5, 2.5, 4.5, 6.5]])
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[2:6, 1:4] = True
+    assert torch.equal(render_masks(segments)[0], expected)
+    points = [(float(x), float(y)) for y in range(8) for x in range(8)]
+    assert torch.equal(contains(segments, points)[0].view(8, 8), expected)
 
 
 def test_a_picture_without_objects():

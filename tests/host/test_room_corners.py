@@ -326,6 +326,9 @@ def test_layouts_of_other_generations_of_ultralytics():
     assert _scale(own, "x") == (0.33, 0.5, 1024.0)
     older = {key: own[key] for key in ("backbone", "head")} | {"depth_multiple": 1.0, "width_multiple": 1.25}
     assert _scale(older, "x") == (1.0, 1.25, float(1 << 16)) and _scale({**older, "max_channels": 512}, "x") == (1.0, 1.25, 512.0)
+    counted = SegmenterWeights(0.33, 0.5, 1024, 640, {}).layout()
+    counted["head"][-1][3][0] = 80  # the number of classes, where others write its name
+    assert _scale(counted, "x") == (0.33, 0.5, 1024.0)
     for change in (dict(activation="relu"), dict(backbone=own["backbone"][:-1])):
         with pytest.raises(ValueError, match="^x is not laid out as YOLOv8-seg"):
             _scale({**own, **change}, "x")
