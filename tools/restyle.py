@@ -3,6 +3,7 @@
 
     python tools/restyle.py photos paintings --workflow styleid_mini --servers http://127.0.0.1:8188,http://10.0.0.2:8188
     python tools/restyle.py photos paintings --pairs pairs.csv --set "Style injection.gamma=0.4" --output restyled
+    python tools/restyle.py photos library:ready/comic,ready/woodcut
     python tools/restyle.py photos paintings --ray auto
 
 Finished pictures are skipped, so a run that was stopped goes on where it was. Without --servers and --ray it starts
@@ -26,10 +27,12 @@ from restyling import UserError
 from restyling.crew import Crew
 from restyling.jobs import Jobs
 from restyling.members import Attached, Made, Own
-from restyling.pairs import Job, all_pairs, in_rows, name_jobs, pairs_from, pictures
+from restyling.pairs import Job, all_pairs, in_rows, name_jobs, pairs_from, pictures, saved_styles
 from restyling.progress import ProgressLine, duration
 from restyling.recipe import Recipe, make_recipe
 from restyling.results import Results, contact_sheets
+
+LIBRARY = "library:"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -38,10 +41,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("contents", type=Path, help="folder of pictures to restyle, or one picture")
-    parser.add_argument("styles", type=Path, help="folder of pictures to take the style from, or one picture")
+    parser.add_argument("styles", help="folder of pictures to take the style from, or one picture; or library:NAME,NAME of the servers' style libraries")
     parser.add_argument("--pairs", type=Path,
                         help="CSV of two columns, content and style: file names in the two folders (default: each with each)")
-    parser.add_argument("--workflow", default="styleid_mini", help="a name of workflows/api, or an API-format file of yours (default: styleid_mini)")
+    parser.add_argument("--workflow", help="a name of workflows/api, or an API-format file of yours (default: styleid_mini; choose_style_mini with library:)")
     parser.add_argument("--set", action="append", default=[], metavar="TITLE.INPUT=VALUE", help="changes an input of the workflow; may be given again")
     parser.add_argument("--content-title", help="title of the node that takes the content (default: Content, or what the templates call it)")
     parser.add_argument("--style-title", help="title of the node that takes the style (default: Style, or what the templates call it)")
@@ -85,9 +88,15 @@ def main(arguments: list[str]) -> int:
 
 
 def run(options: argparse.Namespace, host: environment.Host | None) -> int:
-    recipe = make_recipe(options.workflow, options.set, options.content_title, options.style_title, options.result)
-    contents, styles = pictures(options.contents), pictures(options.styles)
-    for folder in (options.contents, options.styles):
+    library = options.styles.startswith(LIBRARY)
+    workflow = options.workflow or ("choose_style_mini" if library else "styleid_mini")
+    recipe = make_recipe(workflow, options.set, options.content_title, options.style_title, options.result)
+    if recipe.takes_library != library:
+        wanted = "styles of the library, library:NAME,NAME" if recipe.takes_library else "pictures for styles"
+        raise UserError(f"--workflow {workflow} takes {wanted}; got {options.styles}")
+    contents = pictures(options.contents)
+    styles = saved_styles(options.styles.removeprefix(LIBRARY)) if library else pictures(Path(options.styles))
+    for folder in (options.contents, Path(options.styles)):
         if folder.is_dir() and options.output.resolve() == folder.resolve():
             raise UserError(f"--output is {folder} itself: the results would be taken for pictures to restyle.")
     pairs = pairs_from(options.pairs, contents, styles) if options.pairs else all_pairs(contents, styles)

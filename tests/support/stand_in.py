@@ -19,6 +19,8 @@ import urllib.parse
 import uuid
 import zlib
 
+TAKES = {"LoadImage": "image", "PasticheStyleLibrary": "style"}  # inputs that name what a result is made of
+
 
 def png(text: str) -> bytes:
     """A grey pixel, and a text."""
@@ -178,7 +180,7 @@ class StandIn:
     def _signature(self, prompt: dict, key: str) -> tuple[str, list[str]]:
         """What decides the node's result, and the uploaded pictures it depends on in the order of their loaders' ids."""
         above = sorted(_above(prompt, key), key=lambda node: int(node.split("_")[0]))
-        pictures = [prompt[node]["inputs"]["image"] for node in above if prompt[node]["class_type"] == "LoadImage"]
+        pictures = [prompt[node]["inputs"][TAKES[prompt[node]["class_type"]]] for node in above if prompt[node]["class_type"] in TAKES]
         plain = [(prompt[node]["class_type"], sorted((n, str(v)) for n, v in prompt[node]["inputs"].items())) for node in above]
         return json.dumps([key, plain]), pictures
 

@@ -90,6 +90,36 @@ def test_more_styles_than_contents_and_few_kept(folders, tmp_path):
     assert {pictures: count for (title, pictures), count in ran.items() if title == "Invert style"} == dict.fromkeys(styles.values(), 2)
 
 
+def test_styles_of_the_servers_library_are_named_and_ride_along(folders, tmp_path, capsys):
+    """Two of one last name, too; nothing is uploaded for them."""
+    contents, styles = folders[0], ["ready/comic", "features/comic", "ready/woodcut"]
+    arguments = [str(contents), "library:" + " , ".join(styles), "--output", str(tmp_path / "out"), "--servers"]
+    with StandIn() as server:
+        assert restyle.main([*arguments, server.url]) == 0
+        assert restyle.main([*arguments, server.url]) == 0
+    names = uploaded(contents)
+    assert Counter(server.finished) == Counter(f"{content}+{style}" for content in names.values() for style in styles)
+    assert sorted(server.inputs) == sorted(names.values())
+    library = Counter(pictures for title, pictures in server.ran if title == "Style library")
+    assert library == Counter(styles)
+    made = {(line["content"], line["style"]): tmp_path / "out" / f"{line['name']}.png" for line in journal(tmp_path / "out")}
+    assert len(made) == len(set(made.values())) == 15
+    for (content, style), path in made.items():
+        assert made_of(path.read_bytes()) == f"{names[content]}+{style}"
+    assert (tmp_path / "out" / "a_woodcut.png").is_file() and "15 of them finished before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("styles", "workflow", "words"), [
+    ("library: ,", "choose_style_mini", "names no style"),
+    ("library:ready/comic", "styleid_mini", "takes pictures for styles"),
+    ("styles", "choose_style_mini", "takes styles of the library"),
+])
+def test_pictures_and_styles_of_the_library_are_not_mixed_up(folders, tmp_path, styles, workflow, words):
+    given = [str(folders[0]), str(folders[1]) if styles == "styles" else styles]
+    with pytest.raises(UserError, match=words):
+        restyle.main([*given, "--workflow", workflow, "--servers", "http://127.0.0.1:1", "--output", str(tmp_path / "out")])
+
+
 def test_a_lost_servers_job_goes_elsewhere(folders, tmp_path, capsys):
     with StandIn(0.02) as first:
         second = StandIn(0.02, lambda number: second.die() if number == 4 else None)

@@ -60,3 +60,16 @@ def test_eight_pictures_on_two_servers_one_of_which_is_killed(server, live_host,
             assert max(image.size) == 64 and max(ImageStat.Stat(image.convert("RGB")).stddev) > 2
             pictures[image.convert("RGB").tobytes()] = path.name
     assert len(pictures) == 8
+
+
+def test_styles_of_a_real_servers_library(server, tmp_path, capsys):
+    samples = environment.ROOT / "assets" / "samples"
+    arguments = [str(samples / "content_coffee.jpg"), "library:ready/comic,ready/woodcut", "--servers", server.url]
+    small = ["--set", "Photo size.largest_size=64", "--set", "Style library.size=64", "--set", "Schedule.steps=2"]
+    assert restyle.main([*arguments, "--output", str(tmp_path / "out"), *small]) == 0
+    made = [Image.open(tmp_path / "out" / f"content_coffee_{style}.png").convert("RGB") for style in ("comic", "woodcut")]
+    assert [max(image.size) for image in made] == [64, 64] and made[0].tobytes() != made[1].tobytes()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "restyle.jsonl").read_text().splitlines()]
+    assert sum(line.get("ran", []).count("Invert content") for line in lines) == 1
+    assert restyle.main([arguments[0], "library:ready/nobody", *arguments[2:], "--output", str(tmp_path / "none"), *small]) == 1
+    assert "is left out" in (said := capsys.readouterr().out) and "ready/nobody" in said

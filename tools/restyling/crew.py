@@ -10,7 +10,7 @@ from pastiche_client import Failed, Interrupted, Refused, ServerError
 
 from .jobs import Jobs
 from .members import Made, Stopped
-from .pairs import Job, Unreadable
+from .pairs import Job, SavedStyle, Unreadable
 from .recipe import Recipe
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between two attempts to reach a server
@@ -42,6 +42,9 @@ class Hand:
         names = {}
         for side in ("content", "style"):
             picture = getattr(job, side)
+            if isinstance(picture, SavedStyle):  # it is there, or ComfyUI says that it is not
+                names[side] = picture.name
+                continue
             name = picture.upload_name()
             if name not in self._uploaded:
                 try:

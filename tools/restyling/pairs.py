@@ -49,6 +49,26 @@ class Picture:
             raise Unreadable(f"{self.path} cannot be read: {error.strerror or error}") from None
 
 
+@dataclass(eq=False)
+class SavedStyle:
+    """A style that the servers have in their libraries, by the name that their Style Library gives it, e.g. "ready/comic"."""
+
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """What results are called after."""
+        return Path(self.name)
+
+
+def saved_styles(names: str) -> dict[str, SavedStyle]:
+    """By name in order, of a list with commas. Raises UserError."""
+    found = {name: SavedStyle(name) for name in (part.strip() for part in names.split(",")) if name}
+    if not found:
+        raise UserError("library: names no style; for example library:ready/comic,ready/woodcut")
+    return found
+
+
 def _look(path: Path) -> None:
     try:
         from PIL import Image
@@ -67,7 +87,7 @@ class Job:
 
     name: str
     content: Picture
-    style: Picture
+    style: Picture | SavedStyle
     tried: set = field(default_factory=set)
     lost: list = field(default_factory=list)
 
@@ -105,11 +125,11 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def all_pairs(contents: dict[str, Picture], styles: dict[str, Picture]) -> list[tuple[Picture, Picture]]:
+def all_pairs(contents: dict[str, Picture], styles: dict[str, Picture | SavedStyle]) -> list[tuple[Picture, Picture | SavedStyle]]:
     return [(content, style) for content in contents.values() for style in styles.values()]
 
 
-def pairs_from(file: Path, contents: dict[str, Picture], styles: dict[str, Picture]) -> list[tuple[Picture, Picture]]:
+def pairs_from(file: Path, contents: dict[str, Picture], styles: dict[str, Picture | SavedStyle]) -> list[tuple[Picture, Picture | SavedStyle]]:
     """Pairs of file names from a CSV of two columns, content and style, with or without a heading.
 
     The names are looked up among the pictures of the two folders, so nothing else can be named. Raises UserError.
@@ -141,7 +161,7 @@ def pairs_from(file: Path, contents: dict[str, Picture], styles: dict[str, Pictu
     return list(found)
 
 
-def name_jobs(pairs: Iterable[tuple[Picture, Picture]], recorded: dict[tuple[str, str], str]) -> list[Job]:
+def name_jobs(pairs: Iterable[tuple[Picture, Picture | SavedStyle]], recorded: dict[tuple[str, str], str]) -> list[Job]:
     """Jobs with names content_style, one a pair.
 
     Where two pairs would have one name, on any file system, each gets a number of its own that does not depend on the
@@ -171,7 +191,7 @@ def in_rows(jobs: list[Job], keep: int) -> tuple[list[list[Job]], str]:
     return [rows[key] for key in sorted(rows, key=lambda key: key[0])], carried
 
 
-def _names(pair: tuple[Picture, Picture]) -> tuple[str, str]:
+def _names(pair: tuple[Picture, Picture | SavedStyle]) -> tuple[str, str]:
     return pair[0].name, pair[1].name
 
 
@@ -179,11 +199,11 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _digest(pair: tuple[Picture, Picture]) -> str:
+def _digest(pair: tuple[Picture, Picture | SavedStyle]) -> str:
     return hashlib.sha256("\0".join(_names(pair)).encode(errors="surrogateescape")).hexdigest()[:8]
 
 
-def _short(name: str, pair: tuple[Picture, Picture]) -> str:
+def _short(name: str, pair: tuple[Picture, Picture | SavedStyle]) -> str:
     data = name.encode(errors="surrogateescape")
     if len(data) <= LONGEST:
         return name

@@ -19,7 +19,8 @@ from pastiche_client import Graph, load
 from . import UserError
 
 CONTENT_TITLES = ("Content", "My picture", "Photo", "Content: what is injected", "A photo to try it on")
-STYLE_TITLES = ("Style", "Painting", "Original: gives the look")
+STYLE_TITLES = ("Style", "Painting", "Original: gives the look", "Style library")
+_LIBRARY = "PasticheStyleLibrary"
 _SAVES = ("SaveImage",)
 _SHOWS = ("SaveImage", "PreviewImage", "SaveImageAdvanced")
 
@@ -33,15 +34,20 @@ class Recipe:
     style: str
     result: str
 
+    @property
+    def takes_library(self) -> bool:
+        """Whether the style is a name of the library, not a picture."""
+        return _is_library(self.graph, self.style)
+
     def prompt(self, content: str, style: str, carried: str = "style", kept: Iterable[str] = ()) -> dict[str, Any]:
-        """The graph for two uploaded pictures.
+        """The graph for two uploaded pictures, or one and a style of the library.
 
         `carried` says of which side ("content", "style") further pictures ride along: those `kept`, names as uploaded.
         """
         names = {"content": content, "style": style}
         graph = copy.deepcopy(self.graph)
         for side, name in names.items():
-            graph.picture(getattr(self, side), name)
+            place(graph, getattr(self, side), name)
         mine, passengers = self._branch(carried)
         prompt = {}
         for key, node in graph.items():
@@ -50,7 +56,7 @@ class Recipe:
             if name == names[carried]:
                 continue
             other = Graph({key: copy.deepcopy(self.graph[key]) for key in passengers})
-            other.picture(getattr(self, carried), name)
+            place(other, getattr(self, carried), name)
             prompt.update((_own(key, name), _linked(node, mine, name)) for key, node in other.items())
         return prompt
 
@@ -77,8 +83,8 @@ def make_recipe(
     content = content or _guess(graph, CONTENT_TITLES, "--content-title", "the content")
     style = style or _guess(graph, STYLE_TITLES, "--style-title", "the style")
     try:
-        for title in (content, style):
-            copy.deepcopy(graph).picture(title, "x.png")
+        copy.deepcopy(graph).picture(content, "x.png")
+        place(copy.deepcopy(graph), style, "x.png")
     except ValueError as error:
         raise UserError(f"--workflow {workflow}: {error}") from None
     if content == style:
@@ -89,6 +95,19 @@ def make_recipe(
         if not any(_title(graph[node]) == title for node in needed):
             raise UserError(f"{_title(graph[key])!r} does not depend on the picture {title!r}: every result of a row would be the same")
     return Recipe(graph, content, style, key)
+
+
+def place(graph: Graph, title: str, name: str) -> None:
+    """Puts an uploaded picture, or a style of the library, where the graph takes it. Raises ValueError."""
+    if _is_library(graph, title):
+        graph.set(title, style=name)
+    else:
+        graph.picture(title, name)
+
+
+def _is_library(graph: Graph, title: str) -> bool:
+    found = [node["class_type"] for node in graph.values() if _title(node) == title]
+    return bool(found) and set(found) == {_LIBRARY}
 
 
 def _apply(graph: Graph, setting: str) -> None:
@@ -172,8 +191,8 @@ def _above(graph: Graph, key: str) -> set[str]:
 
 
 def _own(key: str, name: str) -> str:
-    """The id of a node that belongs to the picture uploaded as `name`."""
-    return f"{key}_{Path(name).stem}"
+    """The id of a node that belongs to the picture uploaded as `name`, or to a style of the library."""
+    return f"{key}_{name.replace('/', '_') if '/' in name else Path(name).stem}"
 
 
 def _linked(node: dict, mine: set[str], name: str) -> dict:

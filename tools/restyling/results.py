@@ -19,7 +19,7 @@ from pathlib import Path
 from . import UserError
 from .members import Made
 from .pairs import Job
-from .recipe import Recipe
+from .recipe import Recipe, place
 
 JOURNAL, LOCK, PART = "restyle.jsonl", ".restyle.lock", ".restyle-*.part"
 SHEET_ROWS, SHEET_COLUMNS, SHEET_CELL = 20, 10, (160, 120)
@@ -110,7 +110,7 @@ def _digest(recipe: Recipe) -> str:
     """Of the graph without its two pictures."""
     graph = copy.deepcopy(recipe.graph)
     for title in (recipe.content, recipe.style):
-        graph.picture(title, "")
+        place(graph, title, "")
     return hashlib.sha256(json.dumps([graph, recipe.content, recipe.style, recipe.result], sort_keys=True).encode()).hexdigest()
 
 
