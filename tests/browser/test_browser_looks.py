@@ -8,7 +8,7 @@ from support.live import ROOT, workflow_by_name
 
 from pastiche.nodes import sockets
 
-SOCKETS = sorted(set(re.findall(r'"(PASTICHE_[A-Z_]+)"', "".join(path.read_text() for path in (ROOT / "nodes").rglob("*.py")))))
+SOCKETS = sorted(set(re.findall(r'Custom\("(PASTICHE_[A-Z_]+)"', "".join(path.read_text() for path in (ROOT / "nodes").rglob("*.py")))))
 
 
 def test_every_socket_has_a_colour_in_both_canvases(ui):

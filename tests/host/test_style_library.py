@@ -196,7 +196,7 @@ def test_broken_and_foreign_files_are_listed_with_the_reason_and_harm_nothing(ba
 def test_notes_that_mean_nothing_are_shown_as_far_as_they_go(bank):
     path = save_bank(bank, "odd")
     tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(str(path)).items()}
-    for changes in ({"settings": "[1]"}, {"settings": "{"}, {"settings": '{"a": [[1]]}'}, {"ssmd_cover_images": "x"}, {"ssmd_cover_images": '["####"]'}):
+    for changes in ({"settings": "[1]"}, {"settings": "{"}, {"settings": '{"a": [[1]]}'}, {"ssmd_cover_images": "x"}, {"ssmd_cover_images": '["####"]'}, {"ssmd_cover_images": '["/9j/4AAQ"]'}):
         safetensors.torch.save_file(tensors, str(path), {**metadata(path), **changes})
         style = find_style(f"saved/{path.name}")
         assert style.problem == "" and isinstance(style.settings, dict)

@@ -77,7 +77,7 @@ def _look(path: Path) -> None:
     try:
         with Image.open(path) as image:
             image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError) as error:  # Import: of a format's plug-in
         raise Unreadable(f"{path} cannot be read as a picture: {error}") from None
 
 

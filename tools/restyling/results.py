@@ -146,7 +146,7 @@ def contact_sheets(results: Results, jobs: list[Job]) -> list[Path]:
                 image = ImageOps.exif_transpose(image).convert("RGB")
                 image.thumbnail((2 * SHEET_CELL[0], 2 * SHEET_CELL[1]))
                 return image
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError):
             return Image.new("RGB", SHEET_CELL, "lightgrey")
 
     def caption(path: Path) -> str:

@@ -65,12 +65,13 @@ def cover_of(metadata: dict[str, str]) -> torch.Tensor | None:
     """The thumbnail as an IMAGE (1, h, w, 3); None where there is none, or it is damaged."""
     try:
         first = base64.b64decode(json.loads(metadata[COVERS])[0], validate=True)
-        with Image.open(io.BytesIO(first)) as picture:
+        with Image.open(io.BytesIO(first), formats=("JPEG", "PNG", "WEBP")) as picture:
             if max(picture.size) > 4096:
                 return None
             pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
             return pixels.view(1, picture.height, picture.width, 3).float() / 255
-    except (KeyError, IndexError, TypeError, ValueError, RecursionError, OSError, binascii.Error, Image.DecompressionBombError):
+    # Import: ultralytics exchanges Image.open, and looks for a package where a picture is broken
+    except (KeyError, IndexError, TypeError, ValueError, RecursionError, OSError, ImportError, binascii.Error, Image.DecompressionBombError):
         return None
 
 

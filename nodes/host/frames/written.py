@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from ..checks import largest
@@ -62,7 +63,7 @@ class WrittenFrames:
 
     def read(self, number: int) -> Tensor:
         """(H, W, 3) uint8. Raises OSError where it is not there, or no whole picture."""
-        with Image.open(self._frame(number)) as picture:
+        with PngImageFile(self._frame(number)) as picture:  # ultralytics exchanges Image.open, and installs packages for broken files
             return torch.from_numpy(np.asarray(picture.convert("RGB")).copy())
 
     def advance(self, done: int, tensors: dict[str, Tensor]) -> None:
