@@ -34,7 +34,7 @@ CANVASES: dict[str, tuple[dict, list[list[tuple[str, int, int]]], bool]] = {
                     streams="self_attention", layers="6-11"),
         "4": _entry("PasticheStyleInjection", model=["1", 0], style=["3", 0], gamma=0.75, temperature=1.5, strength=1.0, layers="6-11"),
         "5": _entry("PasticheLatentAdaIN", "Latent AdaIN: style is the library's noise", style=["3", 2], strength=1.0),
-    }, [[("1", 230, 0), ("2", 230, 0)], [("3", 520, 780)], [("4", 280, 0), ("5", 320, 0)]], False),
+    }, [[("1", 230, 0), ("2", 230, 0)], [("3", 520, 700)], [("4", 280, 0), ("5", 320, 0)]], False),
     "unconditional_wiring": ({
         "1": _entry("PasticheLoadUnconditional", folder="ddpm-church-256", weight_dtype="default", clip_denoised=False),
         "2": _entry("PasticheSamplePicture", picture="dandelion"), "3": _entry("VAEEncode", pixels=["2", 0], vae=["1", 1]),

@@ -54,10 +54,13 @@ def main(arguments: list[str]) -> int:
     names, folder = options.names or known, PREVIEWS if options.preview else TARGET
     if options.preview:
         pictures.SIZE, pictures.STEPS = 128, 4
-    with tempfile.TemporaryDirectory() as base:
-        for prompt, _, _ in canvases.CANVASES.values():
-            graph.provide_files(prompt, make_base(Path(base)))
-        make(host, Path(base), names, folder)
+    alone = [name for name in names if name == "style_gallery"]  # it lists what is in the folders, stand-ins too
+    for group in filter(None, (alone, [name for name in names if name not in alone])):
+        with tempfile.TemporaryDirectory() as base:
+            make_base(Path(base))
+            for prompt, _, _ in (canvases.CANVASES[name] for name in group if name in canvases.CANVASES):
+                graph.provide_files(prompt, Path(base))
+            make(host, Path(base), group, folder)
     return 0
 
 
