@@ -449,7 +449,7 @@ TEMPLATES += [
         ),
         (Box("The camera pans", (*(f"Frame {number}" for number in range(1, 8)), "Frames"), labels={"Frames": "frames"},
              description="Seven pictures cut out of the scene, each a little further: a film whose motion is known."),),
-        {NOTE: (560, 240), "Film": (300, 420), "Result": (300, 340), "Compare": (470, 600)},
+        {NOTE: (560, 240), "Film": (300, 420), "Restyle the film": (270, 760), "Result": (300, 340), "Compare": (470, 600)},
         ("Photo", "Painting", "Result"),
     ),
     Template(
@@ -459,6 +459,6 @@ TEMPLATES += [
             (("2 Style", (("Restyle the film",),)),),
             (("3 Film", (("Film", "Save the film"), ("Compare",))),),
         ),
-        sizes={NOTE: (560, 240), "My film": (300, 300), "Save the film": (300, 380), "Compare": (470, 600)},
+        sizes={NOTE: (560, 240), "My film": (300, 300), "Restyle the film": (270, 760), "Save the film": (300, 380), "Compare": (470, 600)},
     ),
 ]
