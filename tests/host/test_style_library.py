@@ -282,6 +282,7 @@ def test_a_dozen_ready_styles_are_small_pictures_that_differ(repository):
     for name in READY:
         image = ready_picture(name)
         assert image.shape[0] == 1 and image.shape[-1] == 3 and float(image.std()) > 0.02
+        assert find_style(f"ready/{name}").cover
 
 
 def test_a_ready_style_becomes_features_of_the_model_in_hand():
