@@ -197,6 +197,27 @@ def test_other_settings_styles_films_and_models_have_folders_of_their_own(model)
     assert len(set(names)) == len(names) and name() == names[0]
 
 
+def test_other_nodes_settings_are_the_films_own_as_long_as_comfyui_runs(model, monkeypatch):
+    """A patch turned, or a ControlNet's strength, never takes up frames of the setting before."""
+
+    def name(model, positive=None):
+        return Film(model, PlainVAE(), clip(), style(), FAST, positive or tiny_cond(model)).identity()
+
+    def patched(strength):
+        other = model.clone()
+        other.set_model_attn1_patch(lambda q, k, v, extra: (q, k, v * strength))
+        return other
+
+    def told(strength):
+        return [[cond, {**options, "strength": strength}] for cond, options in tiny_cond(model)]
+
+    plain, turned, conditioned = name(model), [name(patched(strength)) for strength in (0.5, 0.5, 0.6)], [name(model, told(s)) for s in (0.5, 0.5, 0.6)]
+    for first, same, other in (turned, conditioned):
+        assert first == same and len({plain, first, other}) == 3
+    monkeypatch.setattr(film_module, "PROCESS", "another start")
+    assert name(model) == plain and name(patched(0.5)) != turned[0] and name(model, told(0.5)) != conditioned[0]
+
+
 def test_style_features_are_the_style(model):
     picture, *_ = restyle(model, FAST, 3)
     film = Film(model, PlainVAE(), clip(), style(), FAST, tiny_cond(model))

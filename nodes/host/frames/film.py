@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..checks import HALF, check_tensor
 from ..features.on_the_way import invert_and_capture
 from ..features.stores import readable_size
 from ..injections.style import inject_style
+from ..networks.content import digest as content_digest
 from ..networks.families import find_adapter
 from ..networks.fingerprint import fingerprint, weights_digest
 from ..networks.marks import require_plain
@@ -30,6 +32,11 @@ from .progress import FilmProgress
 from .written import WrittenFrames, digest
 
 STREAM = "self_attention"
+PROCESS = uuid.uuid4().hex  # objects are numbered anew when ComfyUI starts
+PATCHED = (
+    "model_options", "object_patches", "weight_wrapper_patches", "attachments", "additional_models", "callbacks", "wrappers", "injections",
+    "hook_patches",
+)  # of a ModelPatcher; LoRAs are in its fingerprint
 SCHEDULERS = comfy.samplers.SCHEDULER_NAMES
 
 
@@ -90,11 +97,21 @@ class Film:
         else:
             style_parts = [style]
         conditioning = [] if self.positive is None else [self.positive[0][0], self.positive[0][1].get("pooled_output")]
-        patches = self.model.model_options.get("transformer_options", {}).get("patches", {})
         return digest([
-            *fingerprint(self.model), sorted((kind, len(hooks)) for kind, hooks in patches.items()), weights_digest(self.vae),
+            *fingerprint(self.model), self._of_other_nodes(), weights_digest(self.vae),
             self.frames, *style_parts, *conditioning, astuple(self.settings), self.sigmas,
         ])
+
+    def _of_other_nodes(self) -> str:
+        """What they put on the MODEL and on positive; "" where there is nothing.
+
+        It can be told for as long as this ComfyUI runs and no longer: frames of other settings are never taken for this film's.
+        """
+        patched = {name: getattr(self.model, name, None) for name in PATCHED}
+        conditioned = [{name: value for name, value in options.items() if name != "pooled_output"} for _, *rest in self.positive or () for options in rest]
+        if not _holds_anything([patched, conditioned]) and len(self.positive or ()) < 2:
+            return ""
+        return f"{PROCESS} {content_digest(self.model, self.positive) or uuid.uuid4().hex}"
 
     def restyle(self, written: WrittenFrames, chunk: int) -> Tensor:
         """(F, H, W, 3) in 0..1, what is on the disk: frames written before are read, the others made, `chunk` at a time."""
@@ -202,6 +219,12 @@ class Film:
                 "Restyle Frames needs one of single pictures, as SD1.x, SD2.x, SDXL and the mini model have."
             )
         return latent
+
+
+def _holds_anything(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_anything, value.values()))
+    return any(map(_holds_anything, value)) if isinstance(value, (list, tuple)) else value is not None
 
 
 def _fitted(vae: Any, frames: Tensor) -> Tensor:
