@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -185,15 +184,8 @@ class ProgressBar:
             self._node = None
 
 
-def _exit_on_signal(number, _frame) -> None:
-    sys.exit(128 + number)
-
-
 if __name__ == "__main__":
-    # a terminal that closes or a polite kill also runs the clean-up that ends the server
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _exit_on_signal)
+    environment.exit_on_signals()
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

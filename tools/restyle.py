@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
 import sys
 import tempfile
 import time
@@ -163,16 +162,10 @@ def work(options: argparse.Namespace, host: environment.Host | None, recipe: Rec
     return int(bool(queue.failed or missing))
 
 
-def _exit_on_signal(number, _frame) -> None:
-    sys.exit(128 + number)
-
-
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names can be anything
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _exit_on_signal)
+    environment.exit_on_signals()
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

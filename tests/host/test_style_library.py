@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from pastiche.nodes.host.features import shelf, style_notes
 from pastiche.nodes.host.features.capture import capture
-from pastiche.nodes.host.features.library import load_bank, register_folder, save_bank
+from pastiche.nodes.host.features.library import load_bank, save_bank
 from pastiche.nodes.host.features.ready_styles import READY, ready_file, ready_picture
 from pastiche.nodes.host.features.shelf import delete_style, find_style, list_styles, listing, set_size_limit, size_limit
 from pastiche.nodes.host.features.style_library import load_style
@@ -24,6 +24,7 @@ from pastiche.nodes.host.features.style_loras import load_lora, save_lora
 from pastiche.nodes.host.networks.fingerprint import fingerprint, model_name
 from pastiche.nodes.host.networks.mini import load_mini
 from pastiche.nodes.host.trajectories.inversion import invert
+from support.library import own_library
 from support.models import tiny_cond, tiny_unet
 from support.sampling import random_latent, schedule
 from support.styles import random_lora
@@ -32,12 +33,7 @@ from support.styles import random_lora
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
     """An output folder of the test's own."""
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {**folder_paths.folder_names_and_paths, "loras": ([], {".safetensors"}), "pastiche_features": ([], {".safetensors"})})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
-    register_folder()
-    return tmp_path
+    return own_library(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import folder_paths
 import pytest
 import torch
+from support.library import own_library
 from support.models import tiny_cond, tiny_unet
 from support.sampling import random_latent, schedule
 from support.styles import random_lora
 
 from pastiche.nodes import library
 from pastiche.nodes.host.features.capture import capture
-from pastiche.nodes.host.features.library import register_folder, save_bank
+from pastiche.nodes.host.features.library import save_bank
 from pastiche.nodes.host.networks.fingerprint import fingerprint
 from pastiche.nodes.host.trajectories.inversion import invert
 from pastiche.nodes.library import ManageStyles, SaveStyleLoRA, StyleLibrary
@@ -21,12 +22,7 @@ from pastiche.nodes.library import ManageStyles, SaveStyleLoRA, StyleLibrary
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {**folder_paths.folder_names_and_paths, "loras": ([], {".safetensors"}), "pastiche_features": ([], {".safetensors"})})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
-    register_folder()
-    return tmp_path
+    return own_library(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")

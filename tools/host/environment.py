@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -49,6 +50,13 @@ class Host:
             kept.pop("PYTHONDONTWRITEBYTECODE", None)
             kept["PYTHONPYCACHEPREFIX"] = str(HOME / "pycache")
         return {**kept, "COMFYUI_PATH": str(self.comfyui), "COMFYUI_PYTHON": str(self.python), "PYTHONUTF8": "1"}
+
+
+def exit_on_signals() -> None:
+    """A terminal that closes or a polite kill also runs the clean-up that ends a server."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
 
 
 def prepare(tests: bool = False) -> Host:
