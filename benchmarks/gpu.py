@@ -110,14 +110,16 @@ def plan(options: argparse.Namespace, results: Path) -> list[Step]:
     device = "cpu" if options.dry_run else "cuda"
     run_here = {"BENCHMARK_DEVICE": device}
 
+    train = [python, "tools/train_mini.py", "--work", str(work / "training"), "--assets"]
+    all_data = [*train, str(options.assets), "--drawings", str(options.drawings)]
+    some_data = [*train, str(small), "--drawings", str(small / "style")]
+    no_drawings = "" if options.drawings or options.dry_run else "--drawings: a folder of PNG drawings, to train on"
+
     def training(stage: str, minutes: float) -> Step:
-        missing = "" if options.drawings or options.dry_run else "--drawings: a folder of PNG drawings, to train on"
-        full = [python, "tools/train_mini.py", "--assets", str(options.assets), "--drawings", str(options.drawings), "--work",
-                str(work / "training"), stage, "--minutes", str(minutes), "--device", "cuda", "--processes", "1", "--batch", "256",
-                "--workers", str(max(1, (os.cpu_count() or 2) - 2))]
-        less = [python, "tools/train_mini.py", "--assets", str(small), "--drawings", str(small / "style"), "--work",
-                str(work / "training"), stage, "--minutes", "0.02", "--processes", "1", "--batch", "2"]
-        return Step(f"train-{stage}", full, less, minutes * 1.2 + 20, missing)
+        workers = str(max(1, (os.cpu_count() or 2) - 2))
+        full = [*all_data, stage, "--minutes", str(minutes), "--device", "cuda", "--processes", "1", "--batch", "256", "--workers", workers]
+        less = [*some_data, stage, "--minutes", "0.02", "--processes", "1", "--batch", "2"]
+        return Step(f"train-{stage}", full, less, minutes * 1.2 + 20, no_drawings)
 
     def benchmark(
         name: str, script: str, full: list[str], less: list[str] | None, minutes: float, sheet: bool = False, missing: str = ""
@@ -141,6 +143,7 @@ def plan(options: argparse.Namespace, results: Path) -> list[Step]:
     tests = [python, "-m", "pytest", "-c", "tests/pytest.ini", "-q", "-p", "no:cacheprovider"]
     untrained = "" if TRANSFORMER.exists() else "nodes/assets has no mini_transformer.safetensors: copy the trained one there"
     steps = [
+        Step("paint-strokes", [*all_data, "strokes", "--count", "300"], [*some_data, "strokes", "--count", "2"], 40, no_drawings),
         training("unet", options.unet),
         training("transformer", options.transformer),
         Step("export", *2 * ([python, "tools/train_mini.py", "--work", str(work / "training"), "--output",

@@ -43,9 +43,11 @@ comfy_args.use_pytorch_cross_attention = True
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from mini_autoencoder import MiniAutoencoder  # noqa: E402
-from mini_training import autoencoder, data, evaluate, evaluate_transformer, export  # noqa: E402
-from mini_training.decoder import FINISH, DecoderTrainer  # noqa: E402
+from host.files import atomic_write  # noqa: E402
+from mini_training import autoencoder, data, evaluate, evaluate_transformer, export, strokes  # noqa: E402
+from mini_training.decoder import CORRECTION, FINISH, DecoderTrainer  # noqa: E402
 from mini_training.diffusion import Trainer, save_atomically  # noqa: E402
 from mini_training.flow import FlowTrainer  # noqa: E402
 
@@ -63,24 +65,24 @@ def load_autoencoder(work):
 
 
 def train_autoencoder(options):
-    pools, _ = data.load_pools(options.assets, options.drawings, options.seed)
+    """A new latent space; every network after it has to be trained on, from the weights of the last one if need be."""
+    pools, validation = load_pools(options)
     rng = np.random.default_rng(options.seed)
     torch.manual_seed(options.seed)
-    path = options.work / "autoencoder.pt"
-    if path.exists():  # the encoder is final once made: a U-Net may already train on its latents
-        model, *statistics = load_autoencoder(options.work)
+    path, start = options.work / "autoencoder.pt", options.work / "lapped.pt"
+    model = MiniAutoencoder(finish=FINISH, window=16, correction=CORRECTION)
+    if start.exists():
+        model.load_state_dict(torch.load(start, weights_only=True))
     else:
-        model = MiniAutoencoder()
-        components, mean = autoencoder.principal_components(pools, rng, channels=16)
-        autoencoder.set_linear_transform(model, components, mean)
-        statistics = autoencoder.latent_statistics(model, pools, rng)
-        model.latent_std.copy_(statistics[1])
-
-    def save(state):
-        save_atomically({"model": state, "statistics": list(statistics)}, path)
-
-    save(model.state_dict())
-    autoencoder.train_decoder(model, pools, rng, options.minutes, save, lambda line: print(line, flush=True))
+        autoencoder.set_linear_transform(model, *autoencoder.principal_components(pools, rng, channels=16))
+        autoencoder.lap(model, pools, rng)
+        model.latent_std.copy_(autoencoder.latent_statistics(model, pools, rng)[1])
+        save_atomically(model.state_dict(), start)
+    trainer = DecoderTrainer(model, pools, validation, options.work, rng, rate=5e-4, encoder=True)
+    trainer.resume()
+    trainer.run(options.minutes)
+    model.load_state_dict(trainer.average)
+    save_atomically({"model": trainer.average, "statistics": list(autoencoder.latent_statistics(model, pools, rng))}, path)
 
 
 def train_unet(options):
@@ -121,15 +123,32 @@ def load_pools(options):
         save_atomically({k: ([torch.from_numpy(np.array(i)) for i in v.images], v.max_zoom) for k, v in pools.items()}, path)
     saved = torch.load(path, weights_only=True)
     pools = {kind: data.Pool([image.numpy() for image in images], zoom) for kind, (images, zoom) in saved.items()}
+    painted = sorted((options.work / "strokes").glob("*.png"))
+    pools["strokes"] = data.Pool([data.load_rgb(p) for p in painted], max_zoom=1.5)
     return pools, data.validation_photos(options.assets, options.seed)
+
+
+def paint_strokes(options):
+    """PNG files under --work/strokes, one a number: a rerun goes on where the last one stopped."""
+    pools, _ = load_pools(options)
+    folder = options.work / "strokes"
+    folder.mkdir(exist_ok=True)
+    for number in range(options.count):
+        path = folder / f"{number:04}.png"
+        if path.exists():
+            continue
+        rng = np.random.default_rng([options.seed, number])
+        kind = "photo" if rng.random() < 0.8 else "drawing"
+        photo = pools[kind].cut(rng, 1, data.STROKES_SIZE)[0]
+        with atomic_write(path) as partial:
+            Image.fromarray(strokes.paint(photo, rng)).save(partial, "PNG")
 
 
 def train_decoder(options):
     pools, validation = load_pools(options)
     torch.manual_seed(options.seed)
-    before, *_ = load_autoencoder(options.work)
-    model = MiniAutoencoder(finish=FINISH)
-    model.load_state_dict(before.state_dict(), strict=before.finish is not None)
+    model, *_ = load_autoencoder(options.work)
+    model.train()
     trainer = DecoderTrainer(model, pools, validation, options.work, np.random.default_rng(options.seed + int(time.time())))
     trainer.resume()
     trainer.run(options.minutes, torch.load(options.probe, weights_only=True) if options.probe else None)
@@ -162,7 +181,7 @@ def export_all(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("autoencoder", "unet", "decoder", "transformer", "export", "report", "report-transformer"))
+    parser.add_argument("stage", choices=("strokes", "autoencoder", "unet", "decoder", "transformer", "export", "report", "report-transformer"))
     parser.add_argument("--assets", type=Path, help="folder with train_photos/, style/ and content/")
     parser.add_argument("--drawings", type=Path, help="folder of PNG drawings, searched recursively")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")
@@ -173,6 +192,7 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the unet and transformer stages")
     parser.add_argument("--batch", type=int, default=16, help="of the same; 256 or more on a GPU")
     parser.add_argument("--workers", type=int, default=0, help="processes that cut crops; 14 beside a GPU")
+    parser.add_argument("--count", type=int, default=300, help="pictures of the strokes stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=SHIPPED)
     options = parser.parse_args()
@@ -180,7 +200,9 @@ def main():
     faulthandler.register(signal.SIGUSR1)  # where is it? kill -USR1
     torch.set_flush_denormal(True)  # CPUs are slow below the range of normal numbers
     options.work.mkdir(parents=True, exist_ok=True)
-    if options.stage == "autoencoder":
+    if options.stage == "strokes":
+        paint_strokes(options)
+    elif options.stage == "autoencoder":
         train_autoencoder(options)
     elif options.stage == "unet":
         train_unet(options)

@@ -40,44 +40,64 @@ class Finish(nn.Module):
         return self.out(self.blocks(self.join(torch.cat([self.deep(features), picture], 1))))
 
 
-class MiniAutoencoder(nn.Module):
-    """8x8 patches to 16 channels and back.
+class Correction(nn.Module):
+    """What the latents around say that a linear transform cannot: pixels (B, 3, 8h, 8w) -> (B, channels, h, w), of unit size."""
 
-    `encode` projects every 8x8x3 patch on the 16 leading principal components of natural
-    patches (one stride-8 convolution). `decode` inverts it linearly, then adds what a small
-    convolutional network, working at latent size, predicts was lost from the patch and its
-    neighbours, then what a few layers at pixel resolution say (`finish` channels; 0: none).
-    Pixels are (B, 3, H, W) in [-1, 1], H and W multiples of 8; latents (B, 16, H/8, W/8),
-    not scaled (the latent format brings them to unit variance).
+    def __init__(self, width, channels):
+        super().__init__()
+        self.layers = nn.Sequential(nn.PixelUnshuffle(PATCH), nn.Conv2d(3 * PATCH * PATCH, width, 3, padding=1),
+                                    ResidualBlock(width), ResidualBlock(width), nn.SiLU())
+        self.out = nn.Conv2d(width, channels, 3, padding=1)
+
+    def forward(self, pixels):
+        return self.out(self.layers(pixels))
+
+
+class MiniAutoencoder(nn.Module):
+    """A lapped linear transform of pictures to 16 channels, 8x smaller, and a network back.
+
+    `encode` is one stride-8 convolution: each latent pixel weighs a window of 16x16 pixels that overlaps its neighbours'
+    (`window` 8: patches, each by itself), and a small network's correction of it (`correction` channels; 0: none). `decode` has the transposed convolution, adds what a small convolutional
+    network, working at latent size, predicts was lost, then what a few layers at pixel resolution say (`finish`
+    channels; 0: none). Pixels are (B, 3, H, W) in [-1, 1], H and W multiples of 8, reflected at the borders; latents
+    (B, 16, H/8, W/8), not scaled (the latent format brings them to unit variance).
     """
 
-    def __init__(self, width=WIDTH, latent_channels=LATENT_CHANNELS, finish=0):
+    def __init__(self, width=WIDTH, latent_channels=LATENT_CHANNELS, finish=0, window=PATCH, correction=0):
         super().__init__()
-        self.analysis = nn.Conv2d(3, latent_channels, PATCH, stride=PATCH)
-        self.synthesis = nn.ConvTranspose2d(latent_channels, 3, PATCH, stride=PATCH)
+        self.margin = (window - PATCH) // 2  # of the window around its patch
+        self.analysis = nn.Conv2d(3, latent_channels, window, stride=PATCH)
+        # one more latent pixel on every side, then cut to the picture
+        self.synthesis = nn.ConvTranspose2d(latent_channels, 3, window, stride=PATCH, padding=PATCH + self.margin)
         self.refine = nn.Sequential(
             nn.Conv2d(latent_channels, width, 3, padding=1),
             ResidualBlock(width), ResidualBlock(width), ResidualBlock(width),
             nn.SiLU(), nn.Conv2d(width, 3 * PATCH * PATCH, 3, padding=1), nn.PixelShuffle(PATCH),
         )
         self.finish = Finish(width, finish) if finish else None
+        self.correction = Correction(correction, latent_channels) if correction else None
         # Latents differ in scale by a factor of 50; the network wants them alike.
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
     @classmethod
     def from_state(cls, state):
-        """The autoencoder of a state dict, of either generation: width and `finish` are read from its shapes."""
+        """The autoencoder of a state dict, of any generation: width, `finish` and window are read from its shapes."""
         last = state.get("finish.out.weight")
-        model = cls(state["refine.0.weight"].shape[0], state["refine.0.weight"].shape[1], 0 if last is None else last.shape[1])
+        analysis, correction = state.get("analysis.weight"), state.get("correction.out.weight")
+        model = cls(*state["refine.0.weight"].shape[:2], 0 if last is None else last.shape[1],
+                    PATCH if analysis is None else analysis.shape[-1], 0 if correction is None else correction.shape[1])
         model.load_state_dict(state)
         return model
 
     def encode(self, pixels):
         """(B, 3, H, W) in [-1, 1] -> (B, 16, H/8, W/8)."""
-        return self.analysis(pixels)
+        latents = self.analysis(nn.functional.pad(pixels, [self.margin] * 4, "reflect"))
+        if self.correction is None:
+            return latents
+        return latents + self.latent_std.to(latents)[None, :, None, None] * self.correction(pixels)
 
     def decode(self, latents):
         """(B, 16, h, w) -> (B, 3, 8h, 8w), about [-1, 1]."""
         features = self.refine[:4](latents / self.latent_std.to(latents)[None, :, None, None])
-        picture = self.synthesis(latents) + self.refine[4:](features)
+        picture = self.synthesis(nn.functional.pad(latents, [1] * 4, "replicate")) + self.refine[4:](features)
         return picture if self.finish is None else picture + self.finish(features, picture)

@@ -25,7 +25,8 @@ def test_a_file_of_the_first_generation_decodes_as_before(first):
     z = noise(2, 16, 3, 4)
     again = MiniAutoencoder.from_state(first.state_dict())
     assert again.finish is None
-    torch.testing.assert_close(again.decode(z), first.synthesis(z) + first.refine(z), atol=1e-6, rtol=1e-6)
+    linear = torch.nn.functional.conv_transpose2d(z, first.synthesis.weight, first.synthesis.bias, stride=8)
+    torch.testing.assert_close(again.decode(z), linear + first.refine(z), atol=1e-6, rtol=1e-6)
 
 
 def test_a_file_of_the_second_generation_is_recognised(second):
@@ -139,3 +140,53 @@ def test_penalty_does_not_reward_texture_inside_patches():
     amount = torch.tensor(0.003, requires_grad=True)
     (gradient,) = torch.autograd.grad(grid_penalty(patches + amount * inside * inside[:, None]), amount)
     assert gradient >= 0
+
+
+def test_a_window_reads_its_patch_and_what_is_around_it():
+    """Each latent pixel is the scalar product with 16x16 pixels around its patch, mirrored at the picture's border."""
+    torch.manual_seed(2)
+    model = MiniAutoencoder(width=8, window=16).requires_grad_(False)
+    picture = noise(2, 3, 16, 24)
+    framed = torch.nn.functional.pad(picture, (4, 4, 4, 4), mode="reflect")
+    latents = model.encode(picture)
+    assert latents.shape == (2, 16, 2, 3)
+    for row, column in ((0, 0), (1, 1), (1, 2)):
+        window = framed[:, :, 8 * row : 8 * row + 16, 8 * column : 8 * column + 16]
+        expected = torch.einsum("bchw,kchw->bk", window, model.analysis.weight) + model.analysis.bias
+        torch.testing.assert_close(latents[:, :, row, column], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_windows_that_add_up_to_1_give_a_flat_picture_up_to_its_border():
+    """Hat windows of half their width as hop are a partition of unity; a flat latent is then a flat picture, everywhere."""
+    model = MiniAutoencoder(width=8, window=16).requires_grad_(False)
+    hat = 1 - (torch.arange(16) - 7.5).abs() / 8
+    model.synthesis.weight.zero_()
+    model.synthesis.weight[0] = hat[:, None] * hat
+    model.synthesis.bias.zero_()
+    model.refine[-2].weight.zero_()
+    model.refine[-2].bias.zero_()
+    latents = torch.zeros(1, 16, 2, 3)
+    latents[:, 0] = 0.7
+    torch.testing.assert_close(model.decode(latents), torch.full((1, 3, 16, 24), 0.7), atol=1e-6, rtol=0)
+
+
+def test_the_correction_is_in_units_of_each_channel():
+    model = MiniAutoencoder(width=8, window=16, correction=8).requires_grad_(False)
+    model.latent_std.copy_(torch.arange(16) + 1.0)
+    picture = noise(1, 3, 16, 16)
+    model.correction.out.weight.zero_()
+    model.correction.out.bias.zero_()
+    plain = model.encode(picture)
+    model.correction.out.bias.fill_(0.5)
+    expected = plain + 0.5 * (torch.arange(16) + 1.0)[None, :, None, None]
+    torch.testing.assert_close(model.encode(picture), expected)
+    again = MiniAutoencoder.from_state(model.state_dict())
+    assert again.margin == 4 and torch.equal(again.encode(picture), model.encode(picture))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 24), (40, 16)])
+def test_lapped_sizes(shape):
+    model = MiniAutoencoder(width=8, finish=4, window=16, correction=8).requires_grad_(False)
+    latents = model.encode(noise(1, 3, *shape))
+    assert latents.shape == (1, 16, shape[0] // 8, shape[1] // 8)
+    assert model.decode(latents).shape == (1, 3, *shape)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mini_training.data import KINDS as TRAINED_KINDS
-from mini_training.data import Feed, Pool
+from mini_training.data import KIND_OF, SHARE, Feed, Pool
 from mini_training.export import export_transformer, shipped_transformer
 from mini_training.flow import FlowTrainer, times
 from mini_training.transformer import CONFIG, FlowTransformer
@@ -219,16 +219,23 @@ def test_training_resumes_where_it_stopped(make_trainer):
         assert torch.equal(straight.average[name], other.average[name]), name
 
 
-def test_feed_draws_kinds_by_their_shares():
+def test_feed_draws_pools_by_their_shares():
     """Every pool has one grey level, so a crop says which pool it is from; four deviations of a proportion as bounds."""
-    pools = {name: Pool([np.full((9, 9, 3), level, np.uint8)], 1.0) for name, level in (("photo", 10), ("painting", 20), ("drawing", 30))}
+    grey = {name: 10 * i + 10 for i, name in enumerate(SHARE)}
+    pools = {name: Pool([np.full((9, 9, 3), level, np.uint8)], 1.0) for name, level in grey.items()}
     crops, kinds = Feed(pools, 0, [0])(8, 4000)
     assert crops.shape == (4000, 8, 8, 3)
     level = crops[:, 0, 0, 0]
-    for name, value, share in (("photo", 10, 0.6), ("painting", 20, 0.28), ("drawing", 30, 0.12)):
-        assert abs((level == value).double().mean() - share) < 4 * (share * (1 - share) / 4000) ** 0.5
-        assert set(kinds[level == value].tolist()) == {0, TRAINED_KINDS.index(name)}
+    for name, share in SHARE.items():
+        assert abs((level == grey[name]).double().mean() - share) < 4 * (share * (1 - share) / 4000) ** 0.5
+        assert set(kinds[level == grey[name]].tolist()) == {0, TRAINED_KINDS.index(KIND_OF[name])}
     assert abs((kinds == 0).double().mean() - 0.15) < 4 * (0.15 * 0.85 / 4000) ** 0.5
+
+
+def test_a_pool_without_pictures_is_not_drawn_from():
+    pools = {name: Pool([], 1.0) for name in SHARE} | {"drawing": Pool([np.zeros((9, 9, 3), np.uint8)], 1.0)}
+    _, kinds = Feed(pools, 0, [0])(8, 40)
+    assert set(kinds.tolist()) <= {0, TRAINED_KINDS.index("drawing")}
 
 
 def test_feeds_workers_draw_different_crops():

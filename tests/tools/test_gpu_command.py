@@ -71,7 +71,7 @@ def test_every_benchmark_and_both_trainings_are_steps(gpu, repository, tmp_path,
     options = gpu.parse(["--assets", str(tmp_path), "--work", str(tmp_path)])
     steps = gpu.plan(options, tmp_path)
     names = [step.name for step in steps]
-    assert names[:4] == ["train-unet", "train-transformer", "export", "tests"] and len(set(names)) == len(names)
+    assert names[:5] == ["paint-strokes", "train-unet", "train-transformer", "export", "tests"] and len(set(names)) == len(names)
     scripts = {word for step in steps for word in step.full if word.endswith(".py")}
     helpers = {"gpu", "setup_host", "metrics", "report", "tables", "published_metrics"}
     assert {f"benchmarks/{path.name}" for path in (repository / "benchmarks").glob("*.py") if path.stem not in helpers} <= scripts
@@ -79,7 +79,8 @@ def test_every_benchmark_and_both_trainings_are_steps(gpu, repository, tmp_path,
     tests = steps[3]
     assert tests.variables == {"PASTICHE_TEST_DEVICE": "cuda"} and tests.full[-1] == "tests"
     missing = {step.name: step.missing for step in steps if step.missing}
-    assert missing == {"train-unet": "--drawings: a folder of PNG drawings, to train on",
+    assert missing == {"paint-strokes": "--drawings: a folder of PNG drawings, to train on",
+                       "train-unet": "--drawings: a folder of PNG drawings, to train on",
                        "train-transformer": "--drawings: a folder of PNG drawings, to train on",
                        "styleid_table": "--checkpoint, --styleid-data, --weights: not given",
                        "injectfusion_table": "--injectfusion-model, --injectfusion-data, --weights: not given"}

@@ -22,7 +22,9 @@ HELD_OUT_STYLES = (
 )
 VALIDATION_PHOTOS = 64
 
-SHARE = {"photo": 0.6, "painting": 0.28, "drawing": 0.12}  # of the kinds in a batch of the networks
+SHARE = {"photo": 0.45, "painting": 0.22, "strokes": 0.23, "drawing": 0.1}  # of the pools in a batch of the networks
+KIND_OF = {"photo": "photo", "painting": "painting", "strokes": "painting", "drawing": "drawing"}
+STROKES_SIZE = 272  # side of a picture that `strokes.paint` makes
 DROP_KIND = 0.15
 
 
@@ -56,11 +58,12 @@ class Pool:
         """Float tensor (count, 3, size, size) in [-1, 1]."""
         return pixels(torch.from_numpy(self.cut(rng, count, size)))
 
-    def cut(self, rng, count, size):
-        """The same as uint8 array (count, size, size, 3)."""
+    def cut(self, rng, count, size, of_each=1):
+        """The same as uint8 array (count, size, size, 3); `of_each` crops in a row are of one image."""
         out = np.empty((count, size, size, 3), np.uint8)
         for i in range(count):
-            array = self.images[rng.integers(len(self.images))]
+            if i % of_each == 0:
+                array = self.images[rng.integers(len(self.images))]
             side = min(int(size * rng.uniform(1, self.max_zoom)), *array.shape[:2])
             top = rng.integers(array.shape[0] - side + 1)
             left = rng.integers(array.shape[1] - side + 1)
@@ -77,22 +80,27 @@ def pixels(array):
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Endless (uint8 crops (count, size, size, 3), kind indices (count)), drawn by `SHARE`, some kinds dropped to empty."""
+    """Endless (uint8 crops (count, size, size, 3), kind indices (count)), drawn by `SHARE`, some kinds dropped to empty.
 
-    def __init__(self, pools, size, count, seed):
-        self.pools, self.size, self.count, self.seed = pools, size, count, seed
+    With `of_each` 2 every two crops in a row are of the same picture, and of the same kind.
+    """
+
+    def __init__(self, pools, size, count, seed, of_each=1):
+        self.pools, self.size, self.count, self.seed, self.of_each = pools, size, count, seed, of_each
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
-        rng = np.random.default_rng([*self.seed, worker.id if worker else 0, self.size])
+        rng = np.random.default_rng([*self.seed, worker.id if worker else 0, self.size, self.of_each])
         while True:
             yield self.draw(rng)
 
     def draw(self, rng):
-        names = rng.choice(list(SHARE), self.count, p=list(SHARE.values()))
-        crops = np.concatenate([self.pools[name].cut(rng, 1, self.size) for name in names])
-        kinds = [0 if rng.random() < DROP_KIND else KINDS.index(name) for name in names]
-        return torch.from_numpy(crops), torch.tensor(kinds)
+        share = {name: part for name, part in SHARE.items() if name in self.pools and self.pools[name].images}
+        parts = np.array(list(share.values())) / sum(share.values())
+        names = rng.choice(list(share), self.count // self.of_each, p=parts)
+        crops = np.concatenate([self.pools[name].cut(rng, self.of_each, self.size, self.of_each) for name in names])
+        kinds = [0 if rng.random() < DROP_KIND else KINDS.index(KIND_OF[name]) for name in names]
+        return torch.from_numpy(crops), torch.tensor(kinds).repeat_interleave(self.of_each)
 
 
 class Feed:
@@ -104,12 +112,13 @@ class Feed:
     def __init__(self, pools, workers, seed):
         self.pools, self.workers, self.seed, self.running = pools, workers, seed, {}
 
-    def __call__(self, size, count):
-        if (size, count) not in self.running:
-            batches = Batches(self.pools, size, count, self.seed)
+    def __call__(self, size, count, of_each=1):
+        key = size, count, of_each
+        if key not in self.running:
+            batches = Batches(self.pools, size, count, self.seed, of_each)
             loader = torch.utils.data.DataLoader(batches, None, num_workers=self.workers, prefetch_factor=4 if self.workers else None)
-            self.running[size, count] = iter(loader)
-        return next(self.running[size, count])
+            self.running[key] = iter(loader)
+        return next(self.running[key])
 
 
 def load_drawings(folder, limit, seed):

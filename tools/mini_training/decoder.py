@@ -1,4 +1,4 @@
-"""Training of the decoder's second generation: same latents, last layers at pixel resolution, no grid."""
+"""Training of encoder and decoder together, then of the decoder alone: same latents, last layers at pixel resolution, no grid."""
 import json
 import math
 import time
@@ -11,6 +11,7 @@ from .data import square
 from .diffusion import save_atomically
 
 FINISH = 32  # channels at pixel resolution
+CORRECTION = 96  # of the encoder's network, at latent size
 INSIDE = slice(2, 7)  # columns of a patch whose second difference sees no other patch
 
 
@@ -65,15 +66,19 @@ def strange(latents, std):
     return torch.where(choice, torch.lerp(latents, toned, torch.rand(len(latents), 1, 1, 1).sqrt()), mixed) + noise
 
 
-class DecoderTrainer:
-    """AdamW, cosine rate by processor time, EMA, resumable; the encoder stays as it is."""
+def edge_error(a, b):
+    """L1 of the differences between neighbouring pixels."""
+    return (a.diff(dim=2) - b.diff(dim=2)).abs().mean() + (a.diff(dim=3) - b.diff(dim=3)).abs().mean()
 
-    def __init__(self, model, pools, validation, work, rng, rate=1e-3, batch=16):
+
+class DecoderTrainer:
+    """AdamW, cosine rate by processor time, EMA, resumable. `encoder`: trains that too; else it stays as it is."""
+
+    def __init__(self, model, pools, validation, work, rng, rate=1e-3, batch=16, encoder=False):
         self.model, self.pools, self.work, self.rng, self.rate, self.batch = model, pools, work, rng, rate, batch
-        nn.init.zeros_(model.finish.out.weight)
-        nn.init.zeros_(model.finish.out.bias)
+        self.encoder = encoder
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.startswith("analysis"))
+            parameter.requires_grad_(encoder or not name.startswith(("analysis", "correction")))
         model.to(memory_format=torch.channels_last)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, rate, betas=(0.9, 0.98), weight_decay=1e-4)
@@ -84,7 +89,7 @@ class DecoderTrainer:
 
     @property
     def checkpoint(self):
-        return self.work / "decoder.pt"
+        return self.work / ("encoder.pt" if self.encoder else "decoder.pt")
 
     def save(self):
         save_atomically({"model": self.model.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict(),
@@ -101,6 +106,30 @@ class DecoderTrainer:
         with torch.autocast("cpu", torch.bfloat16):
             return self.model.decode(z.contiguous(memory_format=torch.channels_last)).float()
 
+    def joint_loss(self, x):
+        """Squared error and a little of the edges', half of the latents with noise: what they say is to survive a sampler."""
+        z = self.model.encode(x)
+        level = 0.15 * torch.rand(len(z), 1, 1, 1) * (torch.rand(len(z), 1, 1, 1) < 0.5)
+        y = self.decode(z + level * torch.randn_like(z) * self.std)
+        error = F.mse_loss(y, x)
+        return error + 0.01 * edge_error(y, x), {"mse": error.detach()}
+
+    def decoder_loss(self, x):
+        with torch.no_grad():
+            z = self.model.encode(x)
+            known = len(x) * 5 // 8  # pictures' own latents, some with a little noise: the picture is the target
+            level = 0.1 * torch.rand(known, 1, 1, 1) * (torch.rand(known, 1, 1, 1) < 0.2)
+            given = torch.cat([z[:known] + level * torch.randn_like(z[:known]) * self.std, strange(z[known:], self.std)])
+        y = self.decode(given)
+        own, target = y[:known], x[:known]
+        # No picture is known that belongs to a strange latent. It should say what the latent says, and without a grid.
+        said = (self.model.encode(y[known:]) - given[known:]).square().mean() * 16 / 192
+        borders, strange_borders = grid_penalty(own), grid_penalty(y[known:])
+        error = F.mse_loss(own, target)
+        loss = error + 0.01 * edge_error(own, target) + 0.4 * said + 0.002 * borders + 0.02 * strange_borders
+        parts = {"mse": error, "said": said, "borders": borders, "strange_borders": strange_borders}
+        return loss, {name: part.detach() for name, part in parts.items()}
+
     def train_step(self, rate):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -108,19 +137,7 @@ class DecoderTrainer:
         x = torch.cat([self.pools["photo"].crops(self.rng, count - count // 4, 128),
                        self.pools["painting"].crops(self.rng, count // 4 - 1, 128), self.pools["drawing"].crops(self.rng, 1, 128)])
         x = x[torch.randperm(count)]
-        with torch.no_grad():
-            z = self.model.encode(x)
-            known = count * 5 // 8  # pictures' own latents, some with a little noise: the picture is the target
-            level = 0.1 * torch.rand(known, 1, 1, 1) * (torch.rand(known, 1, 1, 1) < 0.2)
-            given = torch.cat([z[:known] + level * torch.randn_like(z[:known]) * self.std, strange(z[known:], self.std)])
-        y = self.decode(given)
-        own, target = y[:known], x[:known]
-        edges = (own.diff(dim=2) - target.diff(dim=2)).abs().mean() + (own.diff(dim=3) - target.diff(dim=3)).abs().mean()
-        # No picture is known that belongs to a strange latent. It should say what the latent says, and without a grid.
-        said = (self.model.encode(y[known:]) - given[known:]).square().mean() * 16 / 192
-        borders, strange_borders = grid_penalty(own), grid_penalty(y[known:])
-        error = F.mse_loss(own, target)
-        loss = error + 0.01 * edges + 0.4 * said + 0.002 * borders + 0.02 * strange_borders
+        loss, parts = self.joint_loss(x) if self.encoder else self.decoder_loss(x)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -129,7 +146,7 @@ class DecoderTrainer:
         keep = min(0.998, (1 + self.step) / (20 + self.step))
         for k, v in self.model.state_dict().items():
             self.average[k].lerp_(v, 1 - keep)
-        return torch.stack([error, said, borders, strange_borders]).detach()
+        return parts
 
     @torch.no_grad()
     def validate(self, probe=None):
@@ -137,6 +154,8 @@ class DecoderTrainer:
         own = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.model.load_state_dict(self.average)
         z = self.model.encode(self.held_out)
+        if self.encoder:
+            probe = None  # of other latents
         state = torch.get_rng_state()
         torch.manual_seed(0)
         odd = strange(z, self.std)
@@ -156,16 +175,15 @@ class DecoderTrainer:
         A machine that is busy otherwise then makes the training later, not shorter.
         """
         clock = saved = time.process_time()
-        with open(self.work / "decoder_log.jsonl", "a") as log:
+        with open(self.checkpoint.with_name(f"{self.checkpoint.stem}_log.jsonl"), "a") as log:
             while (progress := self.minutes / minutes) < 1:
                 rate = self.rate * min(1.0, (self.step + 1) / 100) * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * progress)))
                 self.recent.append(self.train_step(rate))
                 now = time.process_time()
                 self.minutes, clock = self.minutes + (now - clock) / 60, now
                 if now - saved > save_every or self.minutes >= minutes:
-                    error, said, borders, odd = torch.stack(self.recent).mean(0).tolist()
-                    entry = {"step": self.step, "minutes": round(self.minutes, 2), "rate": rate, "mse": error, "said": said,
-                             "borders": borders, "strange_borders": odd, **self.validate(probe)}
+                    means = {name: sum(parts[name].item() for parts in self.recent) / len(self.recent) for name in self.recent[0]}
+                    entry = {"step": self.step, "minutes": round(self.minutes, 2), "rate": rate, **means, **self.validate(probe)}
                     self.recent = []
                     print(entry, flush=True)
                     log.write(json.dumps(entry) + "\n")

@@ -14,6 +14,7 @@ from .unet import Denoiser, alphas_cumprod
 
 FOREIGN_FROM = 400  # timestep from which the bottleneck decides on the coarse picture
 FOREIGN_WEIGHT = 1.0
+TWINS_EVERY = 3  # steps; in each such one self-attention reads another crop of the same picture
 
 
 def save_atomically(obj, path):
@@ -58,6 +59,20 @@ def foreign_loss(own, foreign, latents, source, signal):
     change = F.interpolate(F.adaptive_avg_pool2d(source, grid) - coarse, latents.shape[-2:], mode="bilinear")
     wrong = (foreign - own) / signal.clamp(min=0.2) + change * (signal / signal.clamp(min=0.2))
     return wrong.square().mean() / change.square().mean().clamp(min=1e-3)
+
+
+def read_twin(rows):
+    """Patch of self-attention: in the decoder's blocks row i takes its keys and values from row `rows[i]`.
+
+    Attention to itself is of little use to a network that sees the same in its convolutions. Two crops of one picture
+    have their texture in common and not their layout: what a crop can learn from its twin is how such places are painted.
+    """
+    def patch(queries, keys, values, extra_options):
+        if extra_options["block"][0] != "output":
+            return queries, keys, values
+        return queries, keys[rows], values[rows]
+
+    return patch
 
 
 class Trainer:
@@ -118,15 +133,15 @@ class Trainer:
         self.feed = Feed(self.pools, self.workers, [seed, self.rank])
         torch.manual_seed(1000 * seed + self.rank)
 
-    def sample_batch(self, size, count):
-        """Latents (count, 16, size/8, size/8) and kind indices (count), some dropped to 'empty'."""
-        crops, kinds = (part.to(self.device) for part in self.feed(size, count))
+    def sample_batch(self, size, count, of_each=1):
+        """Latents (count, 16, size/8, size/8) and kind indices (count), some dropped to 'empty'; `of_each` in a row of one picture."""
+        crops, kinds = (part.to(self.device) for part in self.feed(size, count, of_each))
         with torch.no_grad():
             return self.encode(pixels(crops)), kinds
 
     def predict(self, *args):
-        """The network's noise in float32; on a GPU in bf16."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        """The network's noise, computed in bf16."""
+        with torch.autocast(self.device.type, torch.bfloat16):
             return self.model(*args).float()
 
     @torch.no_grad()
@@ -144,9 +159,12 @@ class Trainer:
     def train_step(self, size, count, rate):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        latents, kinds = self.sample_batch(size, count)
-        # Stratified timesteps: the loss of one batch then says more about all of them.
-        timesteps = ((torch.arange(count) + torch.rand(count)) * (1000 / count)).long()[torch.randperm(count)].to(self.device)
+        of_each = 2 if self.step % TWINS_EVERY == 0 and count % 2 == 0 else 1
+        latents, kinds = self.sample_batch(size, count, of_each)
+        # Stratified timesteps: the loss of one batch then says more about all of them. Twins share theirs.
+        groups = count // of_each
+        timesteps = ((torch.arange(groups) + torch.rand(groups)) * (1000 / groups)).long()[torch.randperm(groups)]
+        timesteps = timesteps.repeat_interleave(of_each).to(self.device)
         noisy, noise = diffuse(latents, timesteps, self.alphas)
         chosen, source = foreign_pairs(timesteps)
         rows = torch.cat([torch.arange(count, device=self.device), chosen])
@@ -155,6 +173,8 @@ class Trainer:
             return {**args, "h": torch.cat([args["h"][:count], args["h"][source]])}
 
         options = {"patches": {"middle_block_after_patch": [exchange]}}
+        if of_each == 2:
+            options["patches"]["attn1_patch"] = [read_twin(rows ^ 1)]
         own, foreign = self.predict(noisy[rows], timesteps[rows], kinds[rows], options).tensor_split([count])
         loss = error = F.mse_loss(own, noise)
         if len(chosen):
@@ -194,16 +214,17 @@ class Trainer:
             dist.broadcast(plan, 0)
         return plan[0].item(), int(plan[1]), int(plan[2])
 
-    def run(self, minutes, save_every=180.0):
-        """Train until `minutes` in total (earlier runs counted in) have passed."""
-        clock = saved = time.monotonic()
+    def run(self, minutes, save_every=90.0):
+        """Train until `minutes` in total (earlier runs counted in) have passed, on a CPU of processor time."""
+        read = time.monotonic if self.device.type == "cuda" else time.process_time
+        clock = saved = read()
         with open(self.work / "unet_log.jsonl", "a") as log:
             while True:
                 rate, size, count = self.plan(minutes)
                 if not rate:
                     break
                 self.recent.append(self.train_step(size, count, rate))
-                now = time.monotonic()
+                now = read()
                 self.minutes, clock = self.minutes + (now - clock) / 60, now
                 if self.rank == 0 and (now - saved > save_every or self.minutes >= minutes):
                     entry = {"step": self.step, "images": self.images, "minutes": round(self.minutes, 2), "rate": rate,
@@ -213,4 +234,4 @@ class Trainer:
                     log.write(json.dumps(entry) + "\n")
                     log.flush()
                     self.save()
-                    saved = time.monotonic()
+                    saved = read()

@@ -13,6 +13,7 @@ from .unet import CONFIG
 
 FORMAT = "pastiche-mini-1"
 LIMIT = 32_000_000  # bytes
+NETWORKS = ("refine", "finish", "correction")  # parts of the autoencoder that do well in fp16
 TRANSFORMER_FORMAT = "pastiche-mini-transformer-1"
 TRANSFORMER_LIMIT = 24_000_000
 
@@ -27,7 +28,7 @@ def export(parts, checkpoint, output):
     saved = torch.load(checkpoint, weights_only=True)
     tensors = {"latent.mean": mean, "latent.std": std / LATENT_SCALE, "latent.rgb": rgb / LATENT_SCALE, "latent.rgb_bias": rgb_bias}
     for name, value in autoencoder.state_dict().items():
-        tensors[f"autoencoder.{name}"] = value.half() if name.startswith(("refine", "finish")) else value
+        tensors[f"autoencoder.{name}"] = value.half() if name.startswith(NETWORKS) else value
     for name, value in saved["average"].items():
         if name == "context":
             for kind, tokens in zip(KINDS, value):
@@ -66,10 +67,10 @@ def export_decoder(shipped, average, output):
     with safe_open(shipped, framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    kept = ("analysis", "latent_std")  # the latents of every network trained so far
+    kept = ("analysis", "correction", "latent_std")  # the latents of every network trained so far
     for name, value in average.items():
         if not name.startswith(kept):
-            tensors[f"autoencoder.{name}"] = value.half() if name.startswith(("refine", "finish")) else value
+            tensors[f"autoencoder.{name}"] = value.half() if name.startswith(NETWORKS) else value
     write(tensors, metadata, output, LIMIT)
 
 
