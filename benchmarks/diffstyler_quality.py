@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--schedule", default="cosine", choices=SCHEDULES)
     parser.add_argument("--clean-weight", type=float, default=0.1)
     parser.add_argument("--crop", type=float, default=1.0)
-    parser.add_argument("--strength", type=float, default=1.3, help="of the LoRA")
+    parser.add_argument("--strength", type=float, default=1.15, help="of the LoRA")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--styles", type=int, default=5)
     parser.add_argument("--tune", action="store_true", help="the other five held-out styles: choose settings on these")

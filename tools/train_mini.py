@@ -87,21 +87,23 @@ def train_autoencoder(options):
 
 def train_unet(options):
     pools, validation = load_pools(options)
+    numbers = sorted(int(path.stem) for path in (options.work / "strokes").glob("*.png"))
+    pairs = data.Pairs([to_paint(pools, options.seed, number)[0] for number in numbers], pools["strokes"].images)
     # One single-threaded process a core shares a busy machine better than threads, which wait for
     # each other in every operation. Forked before torch computes anything: pictures are shared.
     rendezvous = options.work.resolve() / "rendezvous"
     rendezvous.unlink(missing_ok=True)
     context = multiprocessing.get_context("fork")
-    others = [context.Process(target=unet_process, args=(options, pools, validation, rank, rendezvous), daemon=True)
+    others = [context.Process(target=unet_process, args=(options, pools, validation, pairs, rank, rendezvous), daemon=True)
               for rank in range(1, options.processes)]
     for process in others:
         process.start()
-    unet_process(options, pools, validation, 0, rendezvous)
+    unet_process(options, pools, validation, pairs, 0, rendezvous)
     for process in others:
         process.join()
 
 
-def unet_process(options, pools, validation, rank, rendezvous):
+def unet_process(options, pools, validation, pairs, rank, rendezvous):
     if options.processes > 1:
         torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=options.processes)
     model, mean, std, *_ = (part.to(options.device) for part in load_autoencoder(options.work))
@@ -110,7 +112,7 @@ def unet_process(options, pools, validation, rank, rendezvous):
         return autoencoder.LATENT_SCALE * (model.encode(pixels) - mean[:, None, None]) / std[:, None, None]
 
     batch, workers = options.batch, options.workers
-    trainer = Trainer(encode, pools, validation, options.work, options.seed, batch=batch, device=options.device, workers=workers)
+    trainer = Trainer(encode, pools, validation, options.work, options.seed, batch=batch, device=options.device, workers=workers, pairs=pairs)
     trainer.resume(export.shipped_unet(SHIPPED) if SHIPPED.exists() else None)
     trainer.run(options.minutes)
 
@@ -128,6 +130,13 @@ def load_pools(options):
     return pools, data.validation_photos(options.assets, options.seed)
 
 
+def to_paint(pools, seed, number):
+    """The photo that painting `number` is of, and the generator that then draws its manner."""
+    rng = np.random.default_rng([seed, number])
+    kind = "photo" if rng.random() < 0.8 else "drawing"
+    return pools[kind].cut(rng, 1, data.STROKES_SIZE)[0], rng
+
+
 def paint_strokes(options):
     """PNG files under --work/strokes, one a number: a rerun goes on where the last one stopped."""
     pools, _ = load_pools(options)
@@ -137,9 +146,7 @@ def paint_strokes(options):
         path = folder / f"{number:04}.png"
         if path.exists():
             continue
-        rng = np.random.default_rng([options.seed, number])
-        kind = "photo" if rng.random() < 0.8 else "drawing"
-        photo = pools[kind].cut(rng, 1, data.STROKES_SIZE)[0]
+        photo, rng = to_paint(pools, options.seed, number)
         with atomic_write(path) as partial:
             Image.fromarray(strokes.paint(photo, rng)).save(partial, "PNG")
 

@@ -93,8 +93,8 @@ def test_vae_tiled_agrees(mini, photo):
     vae = mini[1]
     latent = vae.encode(photo)
     assert psnr(vae.decode_tiled(latent, tile_x=24, tile_y=24, overlap=8), vae.decode(latent)) > 40
-    tiled = vae.encode_tiled(photo, tile_x=128, tile_y=128, overlap=32)
-    torch.testing.assert_close(tiled, latent, atol=1e-3, rtol=1e-3)
+    tiled = vae.encode_tiled(photo, tile_x=128, tile_y=128, overlap=32)  # a latent pixel sees 48 pixels to each side
+    assert psnr(vae.decode(tiled), vae.decode(latent)) > 40
 
 
 def test_vae_sizes_and_batch(mini):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from mini_training import autoencoder, diffusion, unet
-from mini_training.data import Feed, Pool
+from mini_training.data import Pairs, Pool
 from mini_training.decoder import DecoderTrainer
 from PIL import Image
 from pastiche.nodes.algorithms.mini_autoencoder import MiniAutoencoder
@@ -35,38 +35,65 @@ def make_trainer(tmp_path, pools, held_out, monkeypatch):
     return lambda: diffusion.Trainer(encode, pools, held_out, tmp_path, batch=4)
 
 
-def test_twins_are_crops_of_one_picture():
-    """Every picture has one grey level, so a crop says which picture it is from."""
-    grey = [np.full((20, 20, 3), level, np.uint8) for level in range(0, 250, 10)]
-    crops, kinds = Feed({"photo": Pool(grey, 1.0), "drawing": Pool(grey, 1.0)}, 0, [0])(8, 200, of_each=2)
-    level = crops[:, 0, 0, 0]
-    assert torch.equal(level[::2], level[1::2]) and torch.equal(kinds[::2], kinds[1::2])
-    assert len(level.unique()) > 15
+def test_pairs_are_cut_at_the_same_place():
+    """Pictures whose colour says where a pixel is: the photo's crop and its painted one agree, the other crop is elsewhere."""
+    y, x = np.mgrid[0:40, 0:48]
+    photo = np.stack([y, x, np.zeros_like(x)], -1).astype(np.uint8)
+    pairs = Pairs([photo, photo + np.uint8(100)], [photo + np.uint8(50), photo + np.uint8(150)], max_zoom=1.0)
+    here, painted, there = (part.astype(int) for part in pairs.cut(np.random.default_rng(0), 20, 16))
+    assert np.array_equal(painted, here + 50)
+    corner = there[:, 0, 0] - painted[:, 0, 0]
+    assert (np.abs(corner[:, :2]).sum(-1) > 0).mean() > 0.8  # chance may give the same place twice
+    assert (corner[:, 2] == 0).all()  # of the same painting
+    mirrored = here[:, 0, 1, 1] < here[:, 0, 0, 1]
+    assert 0 < mirrored.sum() < 20 and np.array_equal(there[:, 0, 1, 1] < there[:, 0, 0, 1], mirrored)
 
 
-def test_read_twin_exchanges_keys_and_values_in_the_decoder_alone():
+def test_keys_and_values_are_exchanged_where_styleid_does():
     q, k, v = noise(4, 5, 3), noise(4, 5, 3, seed=1), noise(4, 5, 3, seed=2)
-    patch = diffusion.read_twin(torch.tensor([1, 0, 3, 2]))
-    seen = patch(q, k, v, {"block": ("output", 5)})
-    assert torch.equal(seen[0], q) and torch.equal(seen[1], k[[1, 0, 3, 2]]) and torch.equal(seen[2], v[[1, 0, 3, 2]])
-    for block in (("input", 5), ("middle", 0)):
+    rows = torch.tensor([2, 3, 2, 3])
+    patch = diffusion.read_others(rows)
+    for number in (6, 11):
+        seen = patch(q, k, v, {"block": ("output", number)})
+        assert torch.equal(seen[0], q) and torch.equal(seen[1], k[rows]) and torch.equal(seen[2], v[rows])
+    for block in (("input", 8), ("middle", 0), ("output", 5)):
         assert all(a is b for a, b in zip(patch(q, k, v, {"block": block}), (q, k, v)))
 
 
-def test_a_twin_changes_the_prediction_of_the_other_only(make_trainer):
-    """Two pairs; another second crop in the first pair changes the first pair's predictions and not the second's."""
+def test_texture_by_hand():
+    """White noise of deviation 2: each entry of 3x3 pixels varies alone, so the covariance is 4 times the identity."""
+    seen = diffusion.texture(2 * noise(1, 2, 200, 200))
+    assert seen.shape == (1, 18, 18)
+    torch.testing.assert_close(seen[0], 4 * torch.eye(18), atol=0.1, rtol=0)
+    assert diffusion.texture(torch.full((1, 2, 8, 8), 3.0)).abs().max() < 1e-6  # tones are no texture
+
+
+def test_manner_loss_is_0_for_the_painting_and_1_for_the_photo():
+    photo, painted = 0.3 * noise(3, 16, 8, 8), noise(3, 16, 8, 8, seed=1) + 0.5
+    distinct = torch.tensor([True, True, False])
+    assert all(part == 0 for part in diffusion.manner_loss(painted, photo, painted, distinct))
+    told, strokes = diffusion.manner_loss(photo, photo, painted, distinct)
+    assert 0.9 < told < 1 and 0.85 < strokes < 1  # just below 1: both divide by a little more than what there is to change
+    # Strokes at other places of the same 2x2 pixels: the tones and their share of the loss stay.
+    moved = painted.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    assert diffusion.manner_loss(moved, photo, painted, distinct)[0] < 1e-10
+
+
+def test_texture_of_the_noisiest_rows_does_not_count():
+    photo, painted, other = noise(2, 16, 8, 8), noise(2, 16, 8, 8, seed=1), noise(2, 16, 8, 8, seed=2)
+    clean = torch.stack([painted[0], other[1]])
+    assert diffusion.manner_loss(clean, photo, painted, torch.tensor([True, False]))[1] == 0
+    assert diffusion.manner_loss(clean, photo, painted, torch.tensor([True, True]))[1] > 0.1
+
+
+def test_every_second_step_reads_paintings(make_trainer, pools):
     trainer = make_trainer()
-    for name, parameter in trainer.model.named_parameters():  # ComfyUI's blocks begin as the identity
-        parameter.data += 0.02 * noise(*parameter.shape, seed=len(name))
-    x, t, kinds = noise(4, 16, 4, 4), torch.tensor([300, 300, 600, 600]), torch.zeros(4, dtype=torch.long)
-    options = {"patches": {"attn1_patch": [diffusion.read_twin(torch.arange(4) ^ 1)]}}
-    with torch.no_grad():
-        before = trainer.model(x, t, kinds, options)
-        other = x.clone()
-        other[1] = noise(16, 4, 4, seed=9)
-        after = trainer.model(other, t, kinds, options)
-    assert (after[0] - before[0]).abs().max() > 1e-4
-    torch.testing.assert_close(after[2:], before[2:], atol=1e-6, rtol=1e-5)
+    images = [picture[:40, :40] for picture in pools["photo"].images]
+    trainer.pairs = Pairs(images, images[::-1])
+    trainer.train_step(32, 4, 1e-4)
+    assert len(trainer.manner) == 1 and not trainer.foreign
+    trainer.train_step(32, 4, 1e-4)
+    assert len(trainer.manner) == 1 and len(trainer.foreign) == 1
 
 
 def test_the_unets_training_resumes_where_it_stopped(make_trainer):

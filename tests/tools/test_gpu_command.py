@@ -76,7 +76,7 @@ def test_every_benchmark_and_both_trainings_are_steps(gpu, repository, tmp_path,
     helpers = {"gpu", "setup_host", "metrics", "report", "tables", "published_metrics"}
     assert {f"benchmarks/{path.name}" for path in (repository / "benchmarks").glob("*.py") if path.stem not in helpers} <= scripts
     assert all((repository / script).is_file() for script in scripts)
-    tests = steps[3]
+    tests = steps[4]
     assert tests.variables == {"PASTICHE_TEST_DEVICE": "cuda"} and tests.full[-1] == "tests"
     missing = {step.name: step.missing for step in steps if step.missing}
     assert missing == {"paint-strokes": "--drawings: a folder of PNG drawings, to train on",

@@ -58,12 +58,11 @@ class Pool:
         """Float tensor (count, 3, size, size) in [-1, 1]."""
         return pixels(torch.from_numpy(self.cut(rng, count, size)))
 
-    def cut(self, rng, count, size, of_each=1):
-        """The same as uint8 array (count, size, size, 3); `of_each` crops in a row are of one image."""
+    def cut(self, rng, count, size):
+        """The same as uint8 array (count, size, size, 3)."""
         out = np.empty((count, size, size, 3), np.uint8)
         for i in range(count):
-            if i % of_each == 0:
-                array = self.images[rng.integers(len(self.images))]
+            array = self.images[rng.integers(len(self.images))]
             side = min(int(size * rng.uniform(1, self.max_zoom)), *array.shape[:2])
             top = rng.integers(array.shape[0] - side + 1)
             left = rng.integers(array.shape[1] - side + 1)
@@ -74,33 +73,54 @@ class Pool:
         return out
 
 
+class Pairs:
+    """Photos and what was painted from them, (S, S, 3) uint8 each."""
+
+    def __init__(self, photos, paintings, max_zoom=1.5):
+        self.photos, self.paintings, self.max_zoom = photos, paintings, max_zoom
+
+    def __len__(self):
+        return len(self.paintings)
+
+    def cut(self, rng, count, size):
+        """(photos, the same places painted, other places of those paintings), uint8 (count, size, size, 3) each."""
+        out = np.empty((3, count, size, size, 3), np.uint8)
+        for i in range(count):
+            chosen = rng.integers(len(self))
+            painting = self.paintings[chosen]
+            side = min(int(size * rng.uniform(1, self.max_zoom)), *painting.shape[:2])
+            here, there = ([rng.integers(painting.shape[axis] - side + 1) for axis in (0, 1)] for _ in range(2))
+            mirrored = rng.random() < 0.5
+            for part, picture, (top, left) in zip(out, (self.photos[chosen], painting, painting), (here, here, there)):
+                crop = Image.fromarray(picture[top:top + side, left:left + side]).resize((size, size), Image.BICUBIC, reducing_gap=2)
+                part[i] = np.asarray(crop)[:, ::-1] if mirrored else np.asarray(crop)
+        return tuple(out)
+
+
 def pixels(array):
     """uint8 tensor (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
     return array.float().permute(0, 3, 1, 2) / 127.5 - 1
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Endless (uint8 crops (count, size, size, 3), kind indices (count)), drawn by `SHARE`, some kinds dropped to empty.
+    """Endless (uint8 crops (count, size, size, 3), kind indices (count)), drawn by `SHARE`, some kinds dropped to empty."""
 
-    With `of_each` 2 every two crops in a row are of the same picture, and of the same kind.
-    """
-
-    def __init__(self, pools, size, count, seed, of_each=1):
-        self.pools, self.size, self.count, self.seed, self.of_each = pools, size, count, seed, of_each
+    def __init__(self, pools, size, count, seed):
+        self.pools, self.size, self.count, self.seed = pools, size, count, seed
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
-        rng = np.random.default_rng([*self.seed, worker.id if worker else 0, self.size, self.of_each])
+        rng = np.random.default_rng([*self.seed, worker.id if worker else 0, self.size])
         while True:
             yield self.draw(rng)
 
     def draw(self, rng):
         share = {name: part for name, part in SHARE.items() if name in self.pools and self.pools[name].images}
         parts = np.array(list(share.values())) / sum(share.values())
-        names = rng.choice(list(share), self.count // self.of_each, p=parts)
-        crops = np.concatenate([self.pools[name].cut(rng, self.of_each, self.size, self.of_each) for name in names])
+        names = rng.choice(list(share), self.count, p=parts)
+        crops = np.concatenate([self.pools[name].cut(rng, 1, self.size) for name in names])
         kinds = [0 if rng.random() < DROP_KIND else KINDS.index(KIND_OF[name]) for name in names]
-        return torch.from_numpy(crops), torch.tensor(kinds).repeat_interleave(self.of_each)
+        return torch.from_numpy(crops), torch.tensor(kinds)
 
 
 class Feed:
@@ -112,10 +132,10 @@ class Feed:
     def __init__(self, pools, workers, seed):
         self.pools, self.workers, self.seed, self.running = pools, workers, seed, {}
 
-    def __call__(self, size, count, of_each=1):
-        key = size, count, of_each
+    def __call__(self, size, count):
+        key = size, count
         if key not in self.running:
-            batches = Batches(self.pools, size, count, self.seed, of_each)
+            batches = Batches(self.pools, size, count, self.seed)
             loader = torch.utils.data.DataLoader(batches, None, num_workers=self.workers, prefetch_factor=4 if self.workers else None)
             self.running[key] = iter(loader)
         return next(self.running[key])

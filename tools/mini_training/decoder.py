@@ -74,7 +74,7 @@ def edge_error(a, b):
 class DecoderTrainer:
     """AdamW, cosine rate by processor time, EMA, resumable. `encoder`: trains that too; else it stays as it is."""
 
-    def __init__(self, model, pools, validation, work, rng, rate=1e-3, batch=16, encoder=False):
+    def __init__(self, model, pools, validation, work, rng, rate=3e-4, batch=16, encoder=False):
         self.model, self.pools, self.work, self.rng, self.rate, self.batch = model, pools, work, rng, rate, batch
         self.encoder = encoder
         for name, parameter in model.named_parameters():
@@ -124,10 +124,10 @@ class DecoderTrainer:
         own, target = y[:known], x[:known]
         # No picture is known that belongs to a strange latent. It should say what the latent says, and without a grid.
         said = (self.model.encode(y[known:]) - given[known:]).square().mean() * 16 / 192
-        borders, strange_borders = grid_penalty(own), grid_penalty(y[known:])
+        strange_borders = grid_penalty(y[known:])
         error = F.mse_loss(own, target)
-        loss = error + 0.01 * edge_error(own, target) + 0.4 * said + 0.002 * borders + 0.02 * strange_borders
-        parts = {"mse": error, "said": said, "borders": borders, "strange_borders": strange_borders}
+        loss = error + 0.01 * edge_error(own, target) + 0.1 * said + 0.004 * strange_borders
+        parts = {"mse": error, "said": said, "strange_borders": strange_borders}
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def train_step(self, rate):

@@ -4,6 +4,7 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,7 +15,11 @@ from .unet import Denoiser, alphas_cumprod
 
 FOREIGN_FROM = 400  # timestep from which the bottleneck decides on the coarse picture
 FOREIGN_WEIGHT = 1.0
-TWINS_EVERY = 3  # steps; in each such one self-attention reads another crop of the same picture
+MANNER_EVERY = 2  # steps; in each such one self-attention is taught to carry a painting's manner over
+MANNER_FROM = 150  # timestep; below it a prediction has to keep to the picture that it sees
+MANNER_LAYERS = range(6, 12)  # output blocks whose keys and values StyleID exchanges
+MANNER_WEIGHT = 0.3
+TEXTURE_UNTIL = 700  # timestep; from there on a prediction has no strokes yet
 
 
 def save_atomically(obj, path):
@@ -61,18 +66,45 @@ def foreign_loss(own, foreign, latents, source, signal):
     return wrong.square().mean() / change.square().mean().clamp(min=1e-3)
 
 
-def read_twin(rows):
-    """Patch of self-attention: in the decoder's blocks row i takes its keys and values from row `rows[i]`.
-
-    Attention to itself is of little use to a network that sees the same in its convolutions. Two crops of one picture
-    have their texture in common and not their layout: what a crop can learn from its twin is how such places are painted.
-    """
+def read_others(rows):
+    """Patch of self-attention: in MANNER_LAYERS row i takes its keys and values from row `rows[i]`."""
     def patch(queries, keys, values, extra_options):
-        if extra_options["block"][0] != "output":
+        kind, number = extra_options["block"]
+        if kind != "output" or number not in MANNER_LAYERS:
             return queries, keys, values
         return queries, keys[rows], values[rows]
 
     return patch
+
+
+def texture(latents):
+    """Covariance of all channels in 3x3 latent pixels, (B, C, h, w) -> (B, 9 C, 9 C): which strokes there are, not where."""
+    seen = F.unfold(latents, 3)
+    seen = seen - seen.mean(-1, keepdim=True)
+    return seen @ seen.mT / seen.shape[-1]
+
+
+def manner_loss(clean, photo, painted, distinct):
+    """How far a photo is from being painted when it reads a painting's keys and values, 1 where nothing changes.
+
+    A network this small sees in its convolutions whatever its self-attention could tell, and what is exchanged there
+    hardly shows. So the clean latent that it predicts from a noisy photo is to be that of the same photo painted, where
+    the keys and values are another crop's of that painting: in its means over 2x2 latent pixels, and in its texture.
+    (Pixel by pixel the best answer would be a blur, since nothing says where a stroke begins.) The texture only where
+    `distinct` (B, bool): before, a prediction is rightly a blur. clean, photo, painted: (B, C, h, w).
+    """
+    tones, before = (F.avg_pool2d(part - painted, 2).square().mean((1, 2, 3)) for part in (clean, photo))
+    told = (tones / (before + 0.02)).mean()
+    wanted = texture(painted)
+    apart, at_first = ((texture(part) - wanted).square().sum((1, 2)) for part in (clean, photo))
+    strokes = apart / (at_first + 0.1 * wanted.square().sum((1, 2)))
+    strokes = (strokes * distinct).sum() / distinct.sum().clamp(min=1)
+    return told, strokes
+
+
+def stratified(count, steps):
+    """(count) timesteps, one in each count-th part of 0..steps: the loss of one batch then says more about all of them."""
+    return ((torch.arange(count) + torch.rand(count)) * (steps / count)).long()[torch.randperm(count)]
 
 
 class Trainer:
@@ -82,8 +114,8 @@ class Trainer:
     averaged; rank 0 keeps the clock, the log and the checkpoint.
     """
 
-    def __init__(self, encode, pools, validation, work, seed=0, rate=5e-4, batch=16, device="cpu", workers=0):
-        self.encode, self.pools, self.work, self.workers = encode, pools, Path(work), workers
+    def __init__(self, encode, pools, validation, work, seed=0, rate=5e-4, batch=16, device="cpu", workers=0, pairs=None):
+        self.encode, self.pools, self.work, self.workers, self.pairs = encode, pools, Path(work), workers, pairs
         self.device = torch.device(device)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.rate, self.batch = rate, batch // self.world
@@ -97,7 +129,7 @@ class Trainer:
             [{"params": decay, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], rate, betas=(0.9, 0.98))
         self.alphas = alphas_cumprod().to(self.device)
         self.step, self.images, self.minutes = 0, 0, 0.0
-        self.recent, self.foreign = [], []
+        self.recent, self.foreign, self.manner = [], [], []
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.held_out = encode(torch.stack([square(p, 128) for p in validation[:48]]).to(self.device))
@@ -131,11 +163,12 @@ class Trainer:
     def seed_samplers(self, seed):
         """Crops, noise and timesteps differ between processes and go on differently after a resume."""
         self.feed = Feed(self.pools, self.workers, [seed, self.rank])
+        self.rng = np.random.default_rng([seed, self.rank])
         torch.manual_seed(1000 * seed + self.rank)
 
-    def sample_batch(self, size, count, of_each=1):
-        """Latents (count, 16, size/8, size/8) and kind indices (count), some dropped to 'empty'; `of_each` in a row of one picture."""
-        crops, kinds = (part.to(self.device) for part in self.feed(size, count, of_each))
+    def sample_batch(self, size, count):
+        """Latents (count, 16, size/8, size/8) and kind indices (count), some dropped to 'empty'."""
+        crops, kinds = (part.to(self.device) for part in self.feed(size, count))
         with torch.no_grad():
             return self.encode(pixels(crops)), kinds
 
@@ -156,15 +189,10 @@ class Trainer:
         self.model.load_state_dict(live)
         return loss
 
-    def train_step(self, size, count, rate):
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        of_each = 2 if self.step % TWINS_EVERY == 0 and count % 2 == 0 else 1
-        latents, kinds = self.sample_batch(size, count, of_each)
-        # Stratified timesteps: the loss of one batch then says more about all of them. Twins share theirs.
-        groups = count // of_each
-        timesteps = ((torch.arange(groups) + torch.rand(groups)) * (1000 / groups)).long()[torch.randperm(groups)]
-        timesteps = timesteps.repeat_interleave(of_each).to(self.device)
+    def plain_step(self, size, count):
+        """The loss, and the squared error of the noise in it."""
+        latents, kinds = self.sample_batch(size, count)
+        timesteps = stratified(count, 1000).to(self.device)
         noisy, noise = diffuse(latents, timesteps, self.alphas)
         chosen, source = foreign_pairs(timesteps)
         rows = torch.cat([torch.arange(count, device=self.device), chosen])
@@ -173,15 +201,44 @@ class Trainer:
             return {**args, "h": torch.cat([args["h"][:count], args["h"][source]])}
 
         options = {"patches": {"middle_block_after_patch": [exchange]}}
-        if of_each == 2:
-            options["patches"]["attn1_patch"] = [read_twin(rows ^ 1)]
         own, foreign = self.predict(noisy[rows], timesteps[rows], kinds[rows], options).tensor_split([count])
         loss = error = F.mse_loss(own, noise)
         if len(chosen):
-            abar = self.alphas[timesteps[chosen]][:, None, None, None]
-            strange = foreign_loss(own[chosen], foreign, latents[chosen], latents[source], (abar / (1 - abar)).sqrt())
+            strange = foreign_loss(own[chosen], foreign, latents[chosen], latents[source], self.signal(timesteps[chosen]))
             self.foreign.append(strange.item())
             loss = loss + FOREIGN_WEIGHT * strange
+        return loss, error.detach()
+
+    def manner_step(self, size, count):
+        """As `plain_step`: half of the rows are paintings, half photos that read the paintings' keys and values."""
+        half = count // 2
+        with torch.no_grad():
+            crops = (self.encode(pixels(torch.from_numpy(part)).to(self.device)) for part in self.pairs.cut(self.rng, half, size))
+            photo, painted, elsewhere = crops
+        timesteps = (MANNER_FROM + stratified(half, 1000 - MANNER_FROM)).to(self.device).repeat(2)
+        noisy, noise = diffuse(torch.cat([photo, elsewhere]), timesteps, self.alphas)
+        kinds = torch.full((2 * half,), KINDS.index("painting"), device=self.device)
+        kinds[torch.rand(2 * half, device=self.device) < 0.5] = 0  # StyleID samples without a prompt
+        rows = torch.arange(half, 2 * half, device=self.device).repeat(2)
+        own = self.predict(noisy, timesteps, kinds, {"patches": {"attn1_patch": [read_others(rows)]}})
+        error = F.mse_loss(own[half:], noise[half:])
+        abar = self.alphas[timesteps[:half]][:, None, None, None]
+        clean = (noisy[:half] - (1 - abar).sqrt() * own[:half]) / abar.sqrt()
+        told, strokes = manner_loss(clean, photo, painted, timesteps[:half] < TEXTURE_UNTIL)
+        self.manner.append((told.item(), strokes.item()))
+        return error + MANNER_WEIGHT * (told + strokes).clamp(max=20), error.detach()
+
+    def signal(self, timesteps):
+        abar = self.alphas[timesteps][:, None, None, None]
+        return (abar / (1 - abar)).sqrt()
+
+    def train_step(self, size, count, rate):
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.pairs and self.step % MANNER_EVERY == 0 and count > 1:
+            loss, error = self.manner_step(size, count)
+        else:
+            loss, error = self.plain_step(size, count)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.average_gradients()
@@ -228,8 +285,9 @@ class Trainer:
                 self.minutes, clock = self.minutes + (now - clock) / 60, now
                 if self.rank == 0 and (now - saved > save_every or self.minutes >= minutes):
                     entry = {"step": self.step, "images": self.images, "minutes": round(self.minutes, 2), "rate": rate,
-                             "train": sum(self.recent) / len(self.recent), "foreign": sum(self.foreign) / max(1, len(self.foreign)), "validation": self.validate()}
-                    self.recent, self.foreign = [], []
+                             "train": sum(self.recent) / len(self.recent), "foreign": sum(self.foreign) / max(1, len(self.foreign)),
+                             "manner": [sum(part) / len(self.manner) for part in zip(*self.manner)], "validation": self.validate()}
+                    self.recent, self.foreign, self.manner = [], [], []
                     print(entry, flush=True)
                     log.write(json.dumps(entry) + "\n")
                     log.flush()
