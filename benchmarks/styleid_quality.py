@@ -1,22 +1,25 @@
 """StyleID on ten held-out pairs with the mini model: does each part move the picture the way the paper says?
 
-    python benchmarks/styleid_quality.py ASSETS [--steps 20] [--size 256] [--pairs 10] [--table FILE] [--sheet FILE]
+    python benchmarks/styleid_quality.py ASSETS [--steps 20] [--size 256] [--pairs 10] [--weights FILE] [--table FILE] [--sheet FILE]
 
-ASSETS holds content/, style/ (images that the mini model never saw) and metrics/. Gram: distance to the
-style, lower is nearer. LPIPS: distance to the content's decode, lower is nearer.
+ASSETS holds content/, style/ (images that the mini model never saw) and metrics/. Gram: distance to the style, lower is
+nearer. LPIPS: distance to the content's decode, lower is nearer. Grid: jumps over the borders of 8x8 patches over those
+inside (mini_training.decoder.grid), 1 where no patch shows. --weights: another generation's mini.safetensors, to compare.
 """
 
 import argparse
 import time
+from pathlib import Path
 
 import setup_host  # noqa: F401  (before torch and comfy)
 import torch
 from metrics import Metrics
+from mini_training.decoder import grid
 from pastiche.nodes.algorithms.metrics import psnr
 from pastiche.nodes.host.features.capture import capture
 from pastiche.nodes.host.trajectories.inversion import invert, reconstruct
 from pastiche.nodes.host.trajectories.latent_adain import latent_adain
-from pastiche.nodes.host.networks.mini import load_mini
+from pastiche.nodes.host.networks.mini import WEIGHTS, load_mini
 from pastiche.nodes.host.injections.style import inject_style
 from report import CONTENTS, HELD_OUT_STYLES, add_outputs, add_pictures, pictures, publish, save_sheet
 from support.sampling import sample, schedule
@@ -27,8 +30,8 @@ VARIANTS = ("reconstruction", "injection", "AdaIN", "both", "both, gamma 0.3")
 class Pair:
     """One content and one style, inverted and captured."""
 
-    def __init__(self, content_image: torch.Tensor, style_image: torch.Tensor, steps: int):
-        self.model, self.vae, kinds = load_mini()
+    def __init__(self, content_image: torch.Tensor, style_image: torch.Tensor, steps: int, weights: Path):
+        self.model, self.vae, kinds = load_mini(weights)
         self.empty = kinds["empty"]
         self.sigmas = schedule(self.model, steps)
         self.content_image, self.style_image = content_image, style_image
@@ -60,21 +63,24 @@ class Pair:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_pictures(parser, 20, 256, 10)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
     add_outputs(parser, sheet=True)
     options = parser.parse_args()
     metrics = Metrics(options.assets / "metrics")
-    rows, sheet, started = [], [], time.perf_counter()
+    rows, grids, sheet, started = [], [], [], time.perf_counter()
     contents, styles = pictures(options.assets, options.size, options.pairs)
     for i, (content, style) in enumerate(zip(CONTENTS[: options.pairs], HELD_OUT_STYLES)):
-        pair = Pair(contents[i : i + 1], styles[i : i + 1], options.steps)
+        pair = Pair(contents[i : i + 1], styles[i : i + 1], options.steps, options.weights)
         target = pair.decode(pair.content[0])
         images = list(pair.variants())
         dB = psnr(pair.decode(reconstruct(pair.model, pair.content[2])), target, 1.0)
         rows.append((content.split(".")[0], style[:28], dB, [(metrics.gram_distance(x, pair.style_image), metrics.lpips(x, target)) for x in images]))
+        grids.append([grid(x).item() for x in (pair.content_image, *images)])
         sheet.append(torch.cat([pair.content_image, pair.style_image, *images], dim=3))
         print(content, style, f"{dB:.1f} dB", " ".join(f"{g:.3f}/{p:.3f}" for g, p in rows[-1][3]), flush=True)
     mean = [tuple(sum(row[3][v][m] for row in rows) / len(rows) for m in (0, 1)) for v in range(len(VARIANTS))]
     wins = sum(row[3][1][0] < row[3][0][0] for row in rows)
+    shown = ", ".join(f"{name} {sum(column) / len(rows):.2f}" for name, column in zip(("photos", *VARIANTS), zip(*grids)))
     text = [
         f"# StyleID on {len(rows)} held-out pairs, mini model, {options.size} px, {options.steps} steps",
         "",
@@ -88,6 +94,7 @@ def main():
         f"- injection alone lowers Gram against reconstruction on {wins} of {len(rows)} pairs",
         f"- injection with AdaIN {mean[3][0]:.3f}, injection {mean[1][0]:.3f}, AdaIN {mean[2][0]:.3f} (mean Gram)",
         f"- gamma 0.3 against 0.75: Gram {mean[4][0]:.3f} against {mean[3][0]:.3f}, LPIPS {mean[4][1]:.3f} against {mean[3][1]:.3f}",
+        f"- grid: {shown}",
     ]
     publish(text, options.table)
     save_sheet(sheet, options.sheet)
