@@ -1,6 +1,6 @@
 """DiffStyler with the mini model on five held-out styles: does training learn, and does the LoRA carry the style?
 
-    python benchmarks/diffstyler_quality.py ASSETS [--steps 20] [--train 250] [--table FILE] [--sheet FILE]
+    python benchmarks/diffstyler_quality.py ASSETS [--steps 20] [--train 500] [--table FILE] [--sheet FILE]
 
 ASSETS holds content/, style/ (images that the mini model never saw) and metrics/. Loss: mean over draws of noise and
 timestep that training never used, the same for the base and the LoRA at strength 1. Gram: distance to the style, lower is
@@ -50,7 +50,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("assets", type=Path)
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
-    parser.add_argument("--train", type=int, default=250, help="training steps")
+    parser.add_argument("--train", type=int, default=500, help="training steps")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", default="all+conv", choices=TARGETS)

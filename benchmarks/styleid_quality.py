@@ -4,7 +4,8 @@
 
 ASSETS holds content/, style/ (images that the mini model never saw) and metrics/. Gram: distance to the style, lower is
 nearer. LPIPS: distance to the content's decode, lower is nearer. Grid: jumps over the borders of 8x8 patches over those
-inside (mini_training.decoder.grid), 1 where no patch shows. --weights: another generation's mini.safetensors, to compare.
+inside; comb: power at a period of 8 pixels and its harmonics over that beside them (mini_training.decoder), both 1 where no
+patch shows. --weights: another generation's mini.safetensors, to compare.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 import setup_host  # noqa: F401  (before torch and comfy)
 import torch
 from metrics import Metrics
-from mini_training.decoder import grid
+from mini_training.decoder import comb, grid
 from pastiche.nodes.algorithms.metrics import psnr
 from pastiche.nodes.host.features.capture import capture
 from pastiche.nodes.host.trajectories.inversion import invert, reconstruct
@@ -67,7 +68,7 @@ def main():
     add_outputs(parser, sheet=True)
     options = parser.parse_args()
     metrics = Metrics(options.assets / "metrics")
-    rows, grids, sheet, started = [], [], [], time.perf_counter()
+    rows, grids, combs, sheet, started = [], [], [], [], time.perf_counter()
     contents, styles = pictures(options.assets, options.size, options.pairs)
     for i, (content, style) in enumerate(zip(CONTENTS[: options.pairs], HELD_OUT_STYLES)):
         pair = Pair(contents[i : i + 1], styles[i : i + 1], options.steps, options.weights)
@@ -76,11 +77,14 @@ def main():
         dB = psnr(pair.decode(reconstruct(pair.model, pair.content[2])), target, 1.0)
         rows.append((content.split(".")[0], style[:28], dB, [(metrics.gram_distance(x, pair.style_image), metrics.lpips(x, target)) for x in images]))
         grids.append([grid(x).item() for x in (pair.content_image, *images)])
+        combs.append([comb(x).item() for x in (pair.content_image, *images)])
         sheet.append(torch.cat([pair.content_image, pair.style_image, *images], dim=3))
         print(content, style, f"{dB:.1f} dB", " ".join(f"{g:.3f}/{p:.3f}" for g, p in rows[-1][3]), flush=True)
     mean = [tuple(sum(row[3][v][m] for row in rows) / len(rows) for m in (0, 1)) for v in range(len(VARIANTS))]
     wins = sum(row[3][1][0] < row[3][0][0] for row in rows)
-    shown = ", ".join(f"{name} {sum(column) / len(rows):.2f}" for name, column in zip(("photos", *VARIANTS), zip(*grids)))
+    def means(measured):
+        return ", ".join(f"{name} {sum(column) / len(rows):.2f}" for name, column in zip(("photos", *VARIANTS), zip(*measured)))
+
     text = [
         f"# StyleID on {len(rows)} held-out pairs, mini model, {options.size} px, {options.steps} steps",
         "",
@@ -94,7 +98,8 @@ def main():
         f"- injection alone lowers Gram against reconstruction on {wins} of {len(rows)} pairs",
         f"- injection with AdaIN {mean[3][0]:.3f}, injection {mean[1][0]:.3f}, AdaIN {mean[2][0]:.3f} (mean Gram)",
         f"- gamma 0.3 against 0.75: Gram {mean[4][0]:.3f} against {mean[3][0]:.3f}, LPIPS {mean[4][1]:.3f} against {mean[3][1]:.3f}",
-        f"- grid: {shown}",
+        f"- grid: {means(grids)}",
+        f"- comb: {means(combs)}; both, pair by pair: {', '.join(f'{row[4]:.2f}' for row in combs)}",
     ]
     publish(text, options.table)
     save_sheet(sheet, options.sheet)

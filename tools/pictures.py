@@ -262,7 +262,7 @@ def samples(comfy: ComfyUI) -> Image.Image:
 
 
 def lora_strength(comfy: ComfyUI) -> Image.Image:
-    return sheet([dial(comfy, small("diffstyler_train_mini"), "Use it at once", "strength_model", [0.0, 1.0, 2.0])])
+    return sheet([dial(comfy, small("diffstyler_train_mini"), "Use it at once", "strength_model", [0.0, 0.6, 1.15])])
 
 
 def feature_injection(comfy: ComfyUI) -> Image.Image:

@@ -209,7 +209,7 @@ TEMPLATES = [
     Template(
         "05 Train a style LoRA - from one picture", "diffstyler_train_mini",
         "## A style LoRA from one picture\n\n"
-        "Trains for about a minute, saves the LoRA into `output/loras` and paints over a photo with it.\n\n"
+        "Trains for a minute or two, saves the LoRA into `output/loras` and paints over a photo with it.\n\n"
         "**Change first:** the style picture; *steps* of Train the style; *denoise* of Paint over the photo: how much is repainted.",
         (
             (("", ((NOTE,),)), ("1 Pictures", (("Style", "A photo to try it on"), ("Mini model, painting", "Mini model, empty prompt", "Style size", "A photo to try it on size", "Encode content")))),

@@ -1,7 +1,7 @@
 """The mini autoencoder's two generations of decoders, and the measure of the grid that the second is trained against."""
 import pytest
 import torch
-from mini_training.decoder import grid, grid_penalty, second_differences, strange
+from mini_training.decoder import comb, grid, grid_penalty, second_differences, strange
 from pastiche.nodes.algorithms.mini_autoencoder import MiniAutoencoder
 
 
@@ -94,6 +94,17 @@ def test_grid_is_1_without_a_grid_and_grows_with_it():
     folded = deviation * (torch.tensor(2 / torch.pi).sqrt() * (-x * x / 2).exp() + x * (1 - 2 * normal.cdf(-x)))
     expected = folded / (deviation * torch.tensor(2 / torch.pi).sqrt())
     torch.testing.assert_close(grid(picture + patches).mean(), expected, atol=0.03, rtol=0)
+
+
+def test_comb_is_1_for_noise_and_sees_what_repeats_every_8_pixels():
+    """Differences of white noise have a smooth spectrum: 1 within chance. A ripple of period 8 stands out, one of 11 does not."""
+    picture = 0.1 * noise(4, 3, 256, 256)
+    assert comb(picture).shape == (4,)
+    torch.testing.assert_close(comb(picture), torch.ones(4), atol=0.1, rtol=0)  # a quotient of sums over 2300 and 4600 powers
+    for period, seen in ((8, True), (4, True), (11, False)):
+        ripple = 0.05 * torch.sin(2 * torch.pi * torch.arange(256) / period)
+        assert bool(comb(picture + ripple).mean() > 1.5) is seen
+        torch.testing.assert_close(comb(picture + ripple), comb((picture + ripple).mT))
 
 
 def test_penalty_sees_patches_and_not_texture():

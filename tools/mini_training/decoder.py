@@ -34,6 +34,24 @@ def grid(picture):
     return border / inside
 
 
+def comb(picture):
+    """Power at 8 pixels' period and its harmonics over that of the frequencies beside them, both ways, per picture (B).
+
+    (B, C, H, W) -> (B); about 1 where no grid is. Of the differences of brightness, over whole multiples of 8 pixels.
+    """
+    ratios = []
+    for way in (picture.mean(1), picture.mean(1).mT):
+        step = way.diff(dim=-1)
+        length = step.shape[-1] // 8 * 8
+        window = torch.hann_window(length, periodic=False, dtype=picture.dtype)
+        power = torch.fft.rfft((step[..., :length] - step[..., :length].mean(-1, keepdim=True)) * window).abs().square().mean(1)
+        at = [length // 8 * k for k in (1, 2, 3)]
+        teeth = sum(power[:, f - 1 : f + 2].sum(-1) for f in at)
+        beside = sum(power[:, f - 6 : f - 3].sum(-1) + power[:, f + 4 : f + 7].sum(-1) for f in at) / 2
+        ratios.append(teeth / beside)
+    return sum(ratios) / 2
+
+
 def grid_penalty(picture, floor=0.02, window=4):
     """How much steps and bends differ between the eight columns of a patch, in units of their mean.
 
