@@ -57,10 +57,11 @@ class MiniAutoencoder(nn.Module):
     """A lapped linear transform of pictures to 16 channels, 8x smaller, and a network back.
 
     `encode` is one stride-8 convolution: each latent pixel weighs a window of 16x16 pixels that overlaps its neighbours'
-    (`window` 8: patches, each by itself), and a small network's correction of it (`correction` channels; 0: none). `decode` has the transposed convolution, adds what a small convolutional
-    network, working at latent size, predicts was lost, then what a few layers at pixel resolution say (`finish`
-    channels; 0: none). Pixels are (B, 3, H, W) in [-1, 1], H and W multiples of 8, reflected at the borders; latents
-    (B, 16, H/8, W/8), not scaled (the latent format brings them to unit variance).
+    (`window` 8: patches, each by itself), and a small network's correction of it (`correction` channels; 0: none).
+    `decode` has the transposed convolution, adds what a small convolutional network, working at latent size, predicts was
+    lost, then what a few layers at pixel resolution say (`finish` channels; 0: none). Pixels are (B, 3, H, W) in [-1, 1],
+    H and W multiples of 8, mirrored at the borders; latents (B, 16, H/8, W/8), not scaled (the latent format brings them
+    to the same deviation).
     """
 
     def __init__(self, width=WIDTH, latent_channels=LATENT_CHANNELS, finish=0, window=PATCH, correction=0):
