@@ -262,7 +262,7 @@ def samples(comfy: ComfyUI) -> Image.Image:
 
 
 def lora_strength(comfy: ComfyUI) -> Image.Image:
-    return sheet([dial(comfy, small("diffstyler_train_mini"), "Use it at once", "strength_model", [0.0, 0.6, 1.15])])
+    return sheet([dial(comfy, small("diffstyler_train_mini"), "Use it at once", "strength_model", [0.0, 0.6, 1.2])])
 
 
 def feature_injection(comfy: ComfyUI) -> Image.Image:
