@@ -1,6 +1,6 @@
 """DiffStyler with the mini model on five held-out styles: does training learn, and does the LoRA carry the style?
 
-    python benchmarks/diffstyler_quality.py ASSETS [--steps 20] [--train 500] [--table FILE] [--sheet FILE]
+    python benchmarks/diffstyler_quality.py ASSETS [--steps 20] [--train 300] [--table FILE] [--sheet FILE]
 
 ASSETS holds content/, style/ (images that the mini model never saw) and metrics/. Loss: mean over draws of noise and
 timestep that training never used, the same for the base and the LoRA at strength 1. Gram: distance to the style, lower is
@@ -50,15 +50,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("assets", type=Path)
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
-    parser.add_argument("--train", type=int, default=500, help="training steps")
+    parser.add_argument("--train", type=int, default=300, help="training steps")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", default="all+conv", choices=TARGETS)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--schedule", default="cosine", choices=SCHEDULES)
     parser.add_argument("--clean-weight", type=float, default=0.1)
-    parser.add_argument("--crop", type=float, default=1.0)
-    parser.add_argument("--strength", type=float, default=1.15, help="of the LoRA")
+    parser.add_argument("--crop", type=float, default=0.5)
+    parser.add_argument("--strength", type=float, default=1.0, help="of the LoRA")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--styles", type=int, default=5)
     parser.add_argument("--tune", action="store_true", help="the other five held-out styles: choose settings on these")
