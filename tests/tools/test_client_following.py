@@ -90,7 +90,7 @@ def test_a_prompt_that_somebody_deletes_is_cancelled(monkeypatch):
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        while not server._pending:
+        while not (server._running and server._pending):  # theirs is drawn, ours waits
             thread.join(0.01)
         server.delete([entry[1] for entry in server._pending])
         thread.join(10)
