@@ -61,6 +61,11 @@ class Pair:
         yield self.styled(True, True, 0.3)
 
 
+def means(measured):
+    """Of each column of rows (photo, *VARIANTS), named."""
+    return ", ".join(f"{name} {sum(column) / len(column):.2f}" for name, column in zip(("photos", *VARIANTS), zip(*measured)))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_pictures(parser, 20, 256, 10)
@@ -82,9 +87,6 @@ def main():
         print(content, style, f"{dB:.1f} dB", " ".join(f"{g:.3f}/{p:.3f}" for g, p in rows[-1][3]), flush=True)
     mean = [tuple(sum(row[3][v][m] for row in rows) / len(rows) for m in (0, 1)) for v in range(len(VARIANTS))]
     wins = sum(row[3][1][0] < row[3][0][0] for row in rows)
-    def means(measured):
-        return ", ".join(f"{name} {sum(column) / len(rows):.2f}" for name, column in zip(("photos", *VARIANTS), zip(*measured)))
-
     text = [
         f"# StyleID on {len(rows)} held-out pairs, mini model, {options.size} px, {options.steps} steps",
         "",

@@ -90,9 +90,17 @@ class MiniAutoencoder(nn.Module):
         model.load_state_dict(state)
         return model
 
+    def analyse(self, pixels):
+        """The linear part of `encode`."""
+        return self.analysis(nn.functional.pad(pixels, [self.margin] * 4, "reflect"))
+
+    def synthesise(self, latents):
+        """The linear part of `decode`."""
+        return self.synthesis(nn.functional.pad(latents, [1] * 4, "replicate"))
+
     def encode(self, pixels):
         """(B, 3, H, W) in [-1, 1] -> (B, 16, H/8, W/8)."""
-        latents = self.analysis(nn.functional.pad(pixels, [self.margin] * 4, "reflect"))
+        latents = self.analyse(pixels)
         if self.correction is None:
             return latents
         return latents + self.latent_std.to(latents)[None, :, None, None] * self.correction(pixels)
@@ -100,5 +108,5 @@ class MiniAutoencoder(nn.Module):
     def decode(self, latents):
         """(B, 16, h, w) -> (B, 3, 8h, 8w), about [-1, 1]."""
         features = self.refine[:4](latents / self.latent_std.to(latents)[None, :, None, None])
-        picture = self.synthesis(nn.functional.pad(latents, [1] * 4, "replicate")) + self.refine[4:](features)
+        picture = self.synthesise(latents) + self.refine[4:](features)
         return picture if self.finish is None else picture + self.finish(features, picture)

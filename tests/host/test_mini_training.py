@@ -7,6 +7,7 @@ from mini_training.data import Pairs, Pool
 from mini_training.decoder import DecoderTrainer
 from PIL import Image
 from pastiche.nodes.algorithms.mini_autoencoder import MiniAutoencoder
+from support.mini_trainings import check_resumption
 
 TINY = {**unet.CONFIG, "model_channels": 32, "num_head_channels": 32}
 
@@ -97,18 +98,7 @@ def test_every_second_step_reads_paintings(make_trainer, pools):
 
 
 def test_the_unets_training_resumes_where_it_stopped(make_trainer):
-    straight = make_trainer()
-    for _ in range(2):
-        straight.train_step(64, 4, 1e-4)
-    straight.save()
-    other = make_trainer()
-    other.resume()
-    assert (other.step, other.images) == (2, 8)
-    resumed = [other.train_step(64, 4, 1e-4) for _ in range(2)]
-    straight.seed_samplers(2)  # a resumed run draws anew from its step
-    assert [straight.train_step(64, 4, 1e-4) for _ in range(2)] == resumed
-    for name, value in straight.model.state_dict().items():
-        assert torch.equal(value, other.model.state_dict()[name]), name
+    check_resumption(make_trainer, 64, 1e-4)
 
 
 def test_the_unets_training_saves_as_it_goes(make_trainer, tmp_path, monkeypatch):

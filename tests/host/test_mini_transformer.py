@@ -15,6 +15,7 @@ from mini_training.transformer import CONFIG, FlowTransformer
 from pastiche.nodes.host.networks.mini import KINDS, TRANSFORMER_FORMAT, load_mini, read_weights
 from PIL import Image
 from safetensors.torch import save_file
+from support.mini_trainings import check_resumption
 from support.models import randomize
 
 TINY = {**CONFIG, "hidden_size": 32, "num_heads": 2, "axes_dim": [4, 6, 6], "depth": 1, "depth_single_blocks": 2,
@@ -204,19 +205,7 @@ def make_trainer(tmp_path):
 
 
 def test_training_resumes_where_it_stopped(make_trainer):
-    straight = make_trainer()
-    for _ in range(2):
-        straight.train_step(16, 4, 1e-3)
-    straight.save()
-    other = make_trainer()
-    other.resume()
-    assert (other.step, other.images) == (2, 8)
-    resumed = other.train_step(16, 4, 1e-3)
-    straight.seed_samplers(2)  # a resumed run draws anew from its step
-    assert torch.equal(straight.train_step(16, 4, 1e-3), resumed)
-    for name, value in straight.model.state_dict().items():
-        assert torch.equal(value, other.model.state_dict()[name]), name
-        assert torch.equal(straight.average[name], other.average[name]), name
+    check_resumption(make_trainer, 16, 1e-3)
 
 
 def test_feed_draws_pools_by_their_shares():

@@ -56,7 +56,7 @@ def lap(model, pools, rng, minutes=2.0, rate=2e-3):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 50) * max(0.02, 1 - progress)
         x = torch.cat([pools["photo"].crops(rng, 11, 128), pools["painting"].crops(rng, 4, 128), pools["drawing"].crops(rng, 1, 128)])
-        y = model.synthesis(F.pad(model.analysis(F.pad(x, [model.margin] * 4, "reflect")), [1] * 4, "replicate"))
+        y = model.synthesise(model.analyse(x))
         optimizer.zero_grad(set_to_none=True)
         F.mse_loss(y, x).backward()
         optimizer.step()

@@ -107,6 +107,9 @@ class Batches(torch.utils.data.IterableDataset):
 
     def __init__(self, pools, size, count, seed):
         self.pools, self.size, self.count, self.seed = pools, size, count, seed
+        self.names = [name for name in SHARE if name in pools and pools[name].images]
+        shares = np.array([SHARE[name] for name in self.names])
+        self.shares = shares / shares.sum()
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
@@ -115,9 +118,7 @@ class Batches(torch.utils.data.IterableDataset):
             yield self.draw(rng)
 
     def draw(self, rng):
-        share = {name: part for name, part in SHARE.items() if name in self.pools and self.pools[name].images}
-        parts = np.array(list(share.values())) / sum(share.values())
-        names = rng.choice(list(share), self.count, p=parts)
+        names = rng.choice(self.names, self.count, p=self.shares)
         crops = np.concatenate([self.pools[name].cut(rng, 1, self.size) for name in names])
         kinds = [0 if rng.random() < DROP_KIND else KINDS.index(KIND_OF[name]) for name in names]
         return torch.from_numpy(crops), torch.tensor(kinds)

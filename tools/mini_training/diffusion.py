@@ -22,6 +22,12 @@ MANNER_WEIGHT = 0.3
 TEXTURE_UNTIL = 700  # timestep; from there on a prediction has no strokes yet
 
 
+def clock(device):
+    """What a training's minutes are read from. On a CPU the processor's: a machine that is busy otherwise then makes the
+    training later, not shorter."""
+    return time.monotonic if device.type == "cuda" else time.process_time
+
+
 def save_atomically(obj, path):
     """torch.save under a temporary name, then rename: a killed run never leaves half a file."""
     with atomic_write(Path(path)) as partial:
@@ -226,6 +232,7 @@ class Trainer:
         clean = (noisy[:half] - (1 - abar).sqrt() * own[:half]) / abar.sqrt()
         told, strokes = manner_loss(clean, photo, painted, timesteps[:half] < TEXTURE_UNTIL)
         self.manner.append((told.item(), strokes.item()))
+        # Clamped: a prediction far off its mark at one noisy row would steer the whole step, squared twice as it is.
         return error + MANNER_WEIGHT * (told + strokes).clamp(max=20), error.detach()
 
     def signal(self, timesteps):
@@ -272,9 +279,9 @@ class Trainer:
         return plan[0].item(), int(plan[1]), int(plan[2])
 
     def run(self, minutes, save_every=90.0):
-        """Train until `minutes` in total (earlier runs counted in) have passed, on a CPU of processor time."""
-        read = time.monotonic if self.device.type == "cuda" else time.process_time
-        clock = saved = read()
+        """Train until `minutes` in total (earlier runs counted in) have passed, by `clock`."""
+        read = clock(self.device)
+        before = saved = read()
         with open(self.work / "unet_log.jsonl", "a") as log:
             while True:
                 rate, size, count = self.plan(minutes)
@@ -282,7 +289,7 @@ class Trainer:
                     break
                 self.recent.append(self.train_step(size, count, rate))
                 now = read()
-                self.minutes, clock = self.minutes + (now - clock) / 60, now
+                self.minutes, before = self.minutes + (now - before) / 60, now
                 if self.rank == 0 and (now - saved > save_every or self.minutes >= minutes):
                     entry = {"step": self.step, "images": self.images, "minutes": round(self.minutes, 2), "rate": rate,
                              "train": sum(self.recent) / len(self.recent), "foreign": sum(self.foreign) / max(1, len(self.foreign)),

@@ -1,14 +1,13 @@
 """Training of the mini flow transformer: rectified flow, Muon and AdamW, cosine rate over its minutes, EMA, resumable."""
 import json
 import math
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from .data import KINDS, Feed, pixels, square
-from .diffusion import save_atomically
+from .diffusion import clock, save_atomically
 from .transformer import CONFIG, FlowTransformer
 
 UNIFORM = 0.25  # share of times drawn uniformly: an inversion begins at 0, where the logit-normal ones hardly come
@@ -124,12 +123,9 @@ class FlowTrainer:
         return rate, 256 if wide else 128, max(2, self.batch // 4) if wide else self.batch
 
     def run(self, minutes, save_every=60.0):
-        """Train until `minutes` in total (earlier runs counted in) have passed, a checkpoint every `save_every` seconds.
-
-        On a CPU in processor time: a machine that is busy otherwise then makes the training later, not shorter.
-        """
-        read = time.monotonic if self.device.type == "cuda" else time.process_time
-        clock = saved = read()
+        """Train until `minutes` in total (earlier runs counted in) have passed by `clock`, a checkpoint every `save_every` seconds."""
+        read = clock(self.device)
+        before = saved = read()
         with open(self.work / "transformer_log.jsonl", "a") as log:
             while True:
                 rate, size, count = self.plan(minutes)
@@ -137,7 +133,7 @@ class FlowTrainer:
                     break
                 self.recent.append(self.train_step(size, count, rate))
                 now = read()
-                self.minutes, clock = self.minutes + (now - clock) / 60, now
+                self.minutes, before = self.minutes + (now - before) / 60, now
                 if now - saved > save_every or self.minutes >= minutes:
                     entry = {"step": self.step, "images": self.images, "minutes": round(self.minutes, 2), "rate": rate,
                              "train": torch.stack(self.recent).mean().item(), "validation": self.validate()}
