@@ -2,11 +2,12 @@
 import numpy as np
 import pytest
 import torch
-from mini_training import autoencoder, diffusion, unet
+from mini_training import autoencoder, diffusion, export, unet
 from mini_training.data import Pairs, Pool
 from mini_training.decoder import DecoderTrainer
-from PIL import Image
 from pastiche.nodes.algorithms.mini_autoencoder import MiniAutoencoder
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from support.mini_trainings import check_resumption
 
 TINY = {**unet.CONFIG, "model_channels": 32, "num_head_channels": 32}
@@ -145,3 +146,16 @@ def test_lapping_lowers_the_error(pools):
     before = error()
     autoencoder.lap(model, smooth, rng, minutes=0.05)
     assert error() < 0.8 * before
+
+
+def test_another_decoder_leaves_the_shipped_latents(tmp_path):
+    """Whatever a checkpoint holds of the encoder, every network in the pack was trained on the shipped one's latents."""
+    torch.manual_seed(0)
+    shipped, trained = (MiniAutoencoder(width=8, finish=4, window=16, correction=8).state_dict() for _ in range(2))
+    trained["latent_std"] = shipped["latent_std"] + 1
+    save_file({f"autoencoder.{name}": value for name, value in shipped.items()}, tmp_path / "mini.safetensors", {"format": export.FORMAT})
+    export.export_decoder(tmp_path / "mini.safetensors", trained, tmp_path / "new.safetensors")
+    written = load_file(tmp_path / "new.safetensors")
+    for name, value in shipped.items():
+        kept = name == "latent_std" or name.startswith(("analysis", "correction"))
+        torch.testing.assert_close(written[f"autoencoder.{name}"].float(), value if kept else trained[name], atol=1e-3, rtol=1e-3)
